@@ -1,0 +1,94 @@
+package ptipc
+
+import (
+	"context"
+	"log/slog"
+	"net"
+)
+
+// A TransportFactory makes a transport from its configuration. It returns before
+// a slow bootstrap ends and reports the bootstrap through [Env.Report]. Bad
+// configuration is a [*ConfigError]. ctx bounds the call, not the transport's life.
+type TransportFactory func(ctx context.Context, config Opaque, env Env) (*Transport, error)
+
+// A Transport is one configured, running transport.
+type Transport struct {
+	// Connections holds the ways to open a stream, by connection factory type
+	// name (LINE-4). It does not change once the factory has returned.
+	Connections map[string]ConnectionFactory
+
+	// Stats returns the totals of the transport since it was opened. It is never nil.
+	Stats func(ctx context.Context) (TransportStats, error)
+
+	// Wait blocks until the transport has ended, and says why: nil after Close.
+	Wait func() error
+
+	// Close ends the transport and everything that it started. Connections that
+	// are still open are given the transport's grace period, then cut.
+	Close func() error
+}
+
+// A ConnectionFactory opens streams of one kind.
+type ConnectionFactory struct {
+	// Bound says that the far end is fixed by the configuration or the settings:
+	// Dial takes no destination (SOCKS-11). A transport that is not bound is free.
+	Bound bool
+
+	// Dial opens one stream. settings may be nil. dest is "host:port" for a free
+	// transport, where host is a name or an address and is never resolved on the
+	// way (SOCKS-13), and "" for a bound one. ctx bounds the dial only. Errors
+	// answer errors.Is for the [Class] constants.
+	Dial func(ctx context.Context, settings Opaque, dest string) (Conn, error)
+}
+
+// A Conn is an open stream. A Read that returns io.EOF leaves the write side
+// open, and CloseWrite leaves the read side open.
+type Conn interface {
+	net.Conn
+	// CloseWrite ends the outgoing direction; the peer reads io.EOF.
+	CloseWrite() error
+	// Stats returns the counts of this connection.
+	Stats() Stats
+}
+
+// Env is what a transport is given by whoever opens it. The zero value works.
+type Env struct {
+	// Local is a directory for long-term storage that belongs to this transport
+	// alone (LIFE-8). In a child it is the working directory. "" means none.
+	Local string
+
+	// DialOut is the way out to the network: direct, an upstream proxy, or another
+	// transport. nil is a plain [net.Dialer]. Transports reach the network through
+	// [Env.Dial] and never on their own.
+	DialOut func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	// Status receives bootstrap progress, for people and programs (LINE-10).
+	Status func(ctx context.Context, attrs ...slog.Attr)
+
+	// Log receives what the transport has to tell its operator. nil discards.
+	Log *slog.Logger
+}
+
+// Dial opens a connection to the network by the way that the environment provides.
+func (e Env) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	if e.DialOut != nil {
+		return e.DialOut(ctx, network, addr)
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, network, addr)
+}
+
+// Report passes bootstrap progress to Status, if there is one.
+func (e Env) Report(ctx context.Context, attrs ...slog.Attr) {
+	if e.Status != nil {
+		e.Status(ctx, attrs...)
+	}
+}
+
+// Logger returns Log, or a logger that discards.
+func (e Env) Logger() *slog.Logger {
+	if e.Log != nil {
+		return e.Log
+	}
+	return slog.New(slog.DiscardHandler)
+}
