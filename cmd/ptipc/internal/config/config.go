@@ -1,0 +1,256 @@
+// Package config reads the tool's configuration file, HOST.json, whose JSON
+// Schema is spec/host.schema.json.
+//
+//	file, err := config.Load("host.json")
+//	for name, transport := range file.Transports {
+//		fmt.Println(name, transport.Exec)
+//	}
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"pthost/ptipc"
+)
+
+// maxSize bounds the file. A configuration is kilobytes; more is a mistake.
+const maxSize = 4 << 20
+
+// A File is the whole of HOST.json.
+type File struct {
+	Transports map[string]Transport `json:"transports"`
+	Fronts     []Front              `json:"fronts,omitempty"`
+}
+
+// A Transport is a child to start, or one that runs already.
+type Transport struct {
+	Exec   string       `json:"exec,omitempty"`   // a path, a name in PATH, or builtin:NAME
+	Args   []string     `json:"args,omitempty"`   // the executable's own, before ROLE
+	Role   string       `json:"role,omitempty"`   // client
+	Config ptipc.Opaque `json:"config,omitempty"` // handed to the child as it stands
+	State  string       `json:"state,omitempty"`  // state directory; "" is a temporary one
+
+	ConfigVia string          `json:"config_via,omitempty"` // stdin or argv
+	Plain     bool            `json:"plain,omitempty"`      // takes neither HOST nor "-" (ARG-6)
+	Bound     map[string]bool `json:"bound,omitempty"`      // overrides what the child announces
+	Proxy     string          `json:"proxy,omitempty"`      // upstream proxy (PROXY-3)
+	User      string          `json:"user,omitempty"`       // user to run as, by name or number
+
+	Restart      Restart  `json:"restart,omitempty"`
+	StartTimeout Duration `json:"start_timeout,omitempty"`
+	StopTimeout  Duration `json:"stop_timeout,omitempty"`
+
+	Attach map[string]string `json:"attach,omitempty"` // connection factory name to address, in place of Exec
+}
+
+// Restart says what happens when a child ends by itself (LIFE-6).
+type Restart struct {
+	Policy      string   `json:"policy,omitempty"`        // always (the default) or never
+	Min         Duration `json:"min,omitempty"`           // the first wait
+	Max         Duration `json:"max,omitempty"`           // the longest
+	GiveUpAfter int      `json:"give_up_after,omitempty"` // failures in a row
+}
+
+// A Front is where ordinary programs connect.
+type Front struct {
+	Listen     string       `json:"listen"`               // tcp://IP:PORT or unix:///PATH
+	Serve      string       `json:"serve"`                // socks5 or forward
+	Transport  string       `json:"transport"`            // a key of transports
+	Connection string       `json:"connection,omitempty"` // connection factory name; may be left out when there is one
+	Settings   ptipc.Opaque `json:"settings,omitempty"`   // connection settings
+	Dest       string       `json:"dest,omitempty"`       // where a forward through a free transport goes
+}
+
+// A Duration is written as 500ms, 10s or 2m.
+type Duration time.Duration
+
+// UnmarshalText reads Go's notation of durations; they have to be positive.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	if err != nil || v <= 0 {
+		return errors.New("is not a duration: write a number and a unit, such as 500ms, 10s or 2m")
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// Load reads and checks a file. Paths in it are relative to its directory. The
+// error names the file, the JSON pointer, the value and the remedy.
+func Load(path string) (*File, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ptipc.ExitNoInput)
+	}
+	if info.Size() > maxSize {
+		return nil, fmt.Errorf("%s is larger than %d bytes: %w", path, maxSize, ptipc.ExitDataErr)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ptipc.ExitNoInput)
+	}
+	file, err := Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	base, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	file.resolve(base)
+	return file, nil
+}
+
+// Parse reads and checks a document.
+func Parse(text []byte) (*File, error) {
+	var file File
+	if err := ptipc.Opaque(text).Decode(&file); err != nil {
+		return nil, err
+	}
+	return &file, nil
+}
+
+// resolve makes the paths absolute. A name without a slash is looked up in PATH.
+func (f *File) resolve(base string) {
+	for name, t := range f.Transports {
+		if strings.ContainsRune(t.Exec, '/') && !filepath.IsAbs(t.Exec) {
+			t.Exec = filepath.Join(base, t.Exec)
+		}
+		if t.State != "" && !filepath.IsAbs(t.State) {
+			t.State = filepath.Join(base, t.State)
+		}
+		f.Transports[name] = t
+	}
+	for i, front := range f.Fronts {
+		if path, ok := strings.CutPrefix(front.Listen, "unix://"); ok && !filepath.IsAbs(path) {
+			f.Fronts[i].Listen = "unix://" + filepath.Join(base, path)
+		}
+	}
+}
+
+var transportName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63}$`)
+
+// Validate checks what one key says of another.
+func (f *File) Validate() error {
+	if len(f.Transports) == 0 {
+		return &ptipc.ConfigError{Pointer: "/transports", Value: "{}", Problem: "names no transport", Remedy: `add one, such as "direct": {"exec": "builtin:direct"}`}
+	}
+	states := map[string]string{}
+	for name, t := range f.Transports {
+		if !transportName.MatchString(name) {
+			return &ptipc.ConfigError{Pointer: "/transports", Value: strconv.Quote(name), Problem: "is not a transport's name", Remedy: "begin with a letter, go on with letters, digits, _ and -, at most 64"}
+		}
+		if other, ok := states[t.State]; ok && t.State != "" {
+			return &ptipc.ConfigError{
+				Pointer: "/transports/" + max(name, other) + "/state", Value: strconv.Quote(t.State),
+				Problem: "is the state directory of " + min(name, other) + " as well", Remedy: "give each transport a directory of its own",
+			}
+		}
+		states[t.State] = name
+	}
+	listens := map[string]bool{}
+	for i, front := range f.Fronts {
+		at := "/fronts/" + strconv.Itoa(i)
+		if _, ok := f.Transports[front.Transport]; !ok {
+			return &ptipc.ConfigError{Pointer: at + "/transport", Value: strconv.Quote(front.Transport), Problem: "is not one of the transports", Remedy: "name a key of /transports"}
+		}
+		if listens[front.Listen] && !strings.HasSuffix(front.Listen, ":0") {
+			return &ptipc.ConfigError{Pointer: at + "/listen", Value: strconv.Quote(front.Listen), Problem: "is taken by a front above", Remedy: "give each front an address of its own"}
+		}
+		listens[front.Listen] = true
+	}
+	return nil
+}
+
+func oneOf(pointer, value string, allowed ...string) error {
+	if value == "" {
+		return nil
+	}
+	for _, a := range allowed {
+		if value == a {
+			return nil
+		}
+	}
+	return &ptipc.ConfigError{Pointer: pointer, Value: strconv.Quote(value), Problem: "is not known", Remedy: "write " + strings.Join(allowed, " or ")}
+}
+
+// Validate checks one transport.
+func (t *Transport) Validate() error {
+	if (t.Exec == "") == (len(t.Attach) == 0) {
+		return &ptipc.ConfigError{Pointer: "/exec", Value: strconv.Quote(t.Exec), Problem: "has to stand alone: a transport is either started or attached to", Remedy: `give either "exec" or "attach"`}
+	}
+	if err := errors.Join(
+		oneOf("/role", t.Role, "client"),
+		oneOf("/config_via", t.ConfigVia, "stdin", "argv"),
+		oneOf("/restart/policy", t.Restart.Policy, "always", "never"),
+	); err != nil {
+		return err
+	}
+	if t.Plain && t.ConfigVia == "stdin" {
+		return &ptipc.ConfigError{Pointer: "/config_via", Value: `"stdin"`, Problem: "cannot be had from a plain child", Remedy: `write "argv", or remove "plain"`}
+	}
+	if t.Plain && t.Proxy != "" {
+		return &ptipc.ConfigError{Pointer: "/proxy", Value: "***", Problem: "cannot be handed to a plain child", Remedy: `remove "plain", or the proxy`}
+	}
+	if t.Proxy != "" && !strings.HasPrefix(t.Proxy, "socks5://") {
+		return &ptipc.ConfigError{Pointer: "/proxy", Value: "***", Problem: "is not a proxy that can be used", Remedy: "write socks5://[USER:PASSWORD@]HOST:PORT"}
+	}
+	if t.Restart.Min > t.Restart.Max && t.Restart.Max != 0 {
+		return &ptipc.ConfigError{Pointer: "/restart/min", Value: strconv.Quote(time.Duration(t.Restart.Min).String()), Problem: "is longer than max", Remedy: "give min the shorter one"}
+	}
+	if t.Restart.GiveUpAfter < 0 {
+		return &ptipc.ConfigError{Pointer: "/restart/give_up_after", Value: strconv.Itoa(t.Restart.GiveUpAfter), Problem: "is negative", Remedy: "give the number of failures in a row"}
+	}
+	return nil
+}
+
+// Validate checks one front.
+func (f *Front) Validate() error {
+	if f.Serve == "" {
+		return &ptipc.ConfigError{Pointer: "/serve", Value: `""`, Problem: "is empty", Remedy: "write socks5 or forward"}
+	}
+	if err := oneOf("/serve", f.Serve, "socks5", "forward"); err != nil {
+		return err
+	}
+	if f.Serve == "socks5" && f.Dest != "" {
+		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "has no meaning for a SOCKS5 proxy, whose clients name their destinations", Remedy: `remove it, or write "serve": "forward"`}
+	}
+	if f.Dest != "" {
+		host, port, err := net.SplitHostPort(f.Dest)
+		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || host == "" || n == 0 {
+			return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "is not a destination", Remedy: "write HOST:PORT"}
+		}
+	}
+	return f.validateListen()
+}
+
+func (f *Front) validateListen() error {
+	bad := &ptipc.ConfigError{Pointer: "/listen", Value: strconv.Quote(f.Listen), Problem: "is not an address to listen on", Remedy: "write tcp://127.0.0.1:PORT or unix:///PATH"}
+	scheme, rest, _ := strings.Cut(f.Listen, "://")
+	switch scheme {
+	case "tcp":
+		addr, err := netip.ParseAddrPort(rest)
+		if err != nil {
+			return bad
+		}
+		if !addr.Addr().IsLoopback() {
+			bad.Problem, bad.Remedy = "can be reached from other machines", "listen on 127.0.0.1 or [::1]"
+			return bad
+		}
+		return nil
+	case "unix":
+		if rest == "" || strings.HasSuffix(rest, "/") {
+			return bad
+		}
+		return nil
+	}
+	return bad
+}

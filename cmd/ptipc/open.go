@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"os/user"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"pthost/cmd/ptipc/internal/config"
+	"pthost/ptipc"
+	"pthost/ptipc/host"
+	"pthost/ptipc/proc"
+	"pthost/transports/builtin"
+)
+
+// builtinPrefix marks a transport that the tool carries.
+const builtinPrefix = "builtin:"
+
+// opener makes transports of what people write.
+type opener struct {
+	options *options
+	log     *slog.Logger
+	self    string // this executable, which is the child of builtin transports and the launcher
+}
+
+func newOpener(o *options) (*opener, error) {
+	log, err := o.logger()
+	if err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("finding this executable, which runs the builtin transports: %w", err)
+	}
+	return &opener{options: o, log: log, self: self}, nil
+}
+
+// command is the child of an executable, or of this tool itself.
+func (o *opener) command(name string, t config.Transport) (*host.Command, error) {
+	c := &host.Command{
+		Path: t.Exec, Args: t.Args, Plain: t.Plain, ConfigArgv: t.ConfigVia == "argv", Bound: t.Bound, Proxy: t.Proxy,
+		StartTimeout: time.Duration(t.StartTimeout), StopTimeout: time.Duration(t.StopTimeout),
+		Restart: host.Restart{
+			Never: t.Restart.Policy == "never",
+			Min:   time.Duration(t.Restart.Min), Max: time.Duration(t.Restart.Max), GiveUpAfter: t.Restart.GiveUpAfter,
+		},
+		Events: o.events(name), Trace: o.options.tracer(o.log, name),
+	}
+	if runtime.GOOS == "linux" {
+		c.Launcher = []string{o.self, launchCommand}
+	}
+	if own, ok := strings.CutPrefix(t.Exec, builtinPrefix); ok {
+		if _, ok := builtin.Clients[own]; !ok {
+			return nil, &ptipc.ConfigError{
+				Pointer: "/transports/" + name + "/exec", Value: strconv.Quote(t.Exec), Problem: "is not a transport of this tool",
+				Remedy: "write one of " + strings.Join(builtins(), ", ") + ", or a path",
+			}
+		}
+		c.Path, c.Args = o.self, append([]string{"transport", own}, t.Args...)
+	}
+	if t.User != "" {
+		credential, err := lookUpUser(t.User)
+		if err != nil {
+			return nil, &ptipc.ConfigError{Pointer: "/transports/" + name + "/user", Value: strconv.Quote(t.User), Problem: err.Error(), Remedy: "name a user of this machine"}
+		}
+		c.Credential = credential
+	}
+	return c, nil
+}
+
+func lookUpUser(name string) (*proc.Credential, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		if u, err = user.LookupId(name); err != nil {
+			return nil, errors.New("is not a user that is known")
+		}
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return nil, errors.New("has no number as its id")
+	}
+	gid, err := strconv.ParseUint(u.Gid, 10, 32)
+	if err != nil {
+		return nil, errors.New("has no number as its group")
+	}
+	return &proc.Credential{UID: uint32(uid), GID: uint32(gid)}, nil
+}
+
+// events tells the operator what happens to a child.
+func (o *opener) events(name string) func(host.Event) {
+	log := o.log.With("transport", name)
+	return func(e host.Event) {
+		switch e.Kind {
+		case host.Started, host.Ready:
+			log.Info("child "+string(e.Kind), "pid", e.Pid)
+		case host.Exited:
+			log.Info("child exited", "pid", e.Pid, "err", e.Err)
+		case host.Restarting:
+			log.Warn("child is restarted", "delay", e.Delay.Round(time.Millisecond))
+		case host.GaveUp:
+			log.Error("child is not restarted", "err", e.Err)
+		}
+	}
+}
+
+func (o *opener) env(name, state string) ptipc.Env {
+	log := o.log.With("transport", name)
+	return ptipc.Env{
+		Local: state,
+		Log:   log,
+		Status: func(ctx context.Context, attrs ...slog.Attr) {
+			log.LogAttrs(ctx, slog.LevelInfo, "status", attrs...)
+		},
+	}
+}
+
+// open opens a transport of the configuration file.
+func (o *opener) open(ctx context.Context, name string, t config.Transport) (*ptipc.Transport, error) {
+	if len(t.Attach) > 0 {
+		return (&host.Attachment{Addrs: t.Attach, Bound: t.Bound}).Open(ctx, t.Config, o.env(name, t.State))
+	}
+	command, err := o.command(name, t)
+	if err != nil {
+		return nil, err
+	}
+	return command.Open(ctx, t.Config, o.env(name, t.State))
+}
+
+// factory picks a connection factory: the named one, or the only one.
+func factory(t *ptipc.Transport, name string) (ptipc.ConnectionFactory, string, error) {
+	names := slices.Sorted(maps.Keys(t.Connections))
+	if name == "" && len(names) == 1 {
+		name = names[0]
+	}
+	f, ok := t.Connections[name]
+	switch {
+	case ok:
+		return f, name, nil
+	case name == "":
+		return f, "", fmt.Errorf("the transport has several connection factories; name one of %s", strings.Join(names, ", "))
+	}
+	return f, "", fmt.Errorf("the transport has no connection factory %q; it has %s", name, strings.Join(names, ", "))
+}
+
+func builtins() []string {
+	var names []string
+	for name := range builtin.Clients {
+		names = append(names, builtinPrefix+name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// completeExec completes builtin:NAME and files.
+func completeExec(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) == 0 {
+		return builtins(), cobra.ShellCompDirectiveDefault
+	}
+	return nil, cobra.ShellCompDirectiveNoFileComp
+}
+
+// execFlags are the flags of commands that take EXE CONFIG.
+type execFlags struct {
+	plain     bool
+	configVia string
+	factory   string
+	settings  string
+	state     string
+	proxy     string
+}
+
+func (f *execFlags) add(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
+	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the configuration is handed over: stdin or argv, which every local user can read")
+	cmd.Flags().StringVar(&f.factory, "factory", "", "the connection factory; may be left out when there is one")
+	cmd.Flags().StringVar(&f.settings, "settings", "", "the connection settings, a JSON object, or @FILE")
+	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
+	cmd.Flags().StringVar(&f.proxy, "proxy", "", "upstream proxy of the transport: socks5://HOST:PORT, or @FILE for one with a password")
+}
+
+// execUsage describes EXE and CONFIG in the help of commands that take them.
+const execUsage = `EXE is a path, a name in PATH, or builtin:NAME. CONFIG is a JSON object, or @FILE
+to read it from a file and keep it off the command line.`
+
+// transport opens EXE with CONFIG.
+func (f *execFlags) open(ctx context.Context, o *opener, exe, configText string) (*ptipc.Transport, ptipc.ConnectionFactory, error) {
+	var none ptipc.ConnectionFactory
+	object, err := inline("CONFIG", configText)
+	if err != nil {
+		return nil, none, err
+	}
+	proxy, err := inline("--proxy", f.proxy)
+	if err != nil {
+		return nil, none, err
+	}
+	t := config.Transport{
+		Exec: exe, Config: ptipc.Opaque(object), State: f.state, ConfigVia: f.configVia, Plain: f.plain,
+		Proxy: strings.TrimSpace(proxy), Restart: config.Restart{Policy: "never"},
+	}
+	if err := t.Validate(); err != nil {
+		return nil, none, fmt.Errorf("%w: %w", err, ptipc.ExitUsage)
+	}
+	transport, err := o.open(ctx, "dial", t)
+	if err != nil {
+		return nil, none, err
+	}
+	chosen, _, err := factory(transport, f.factory)
+	if err != nil {
+		return nil, none, errors.Join(fmt.Errorf("--factory: %w: %w", err, ptipc.ExitUsage), transport.Close())
+	}
+	return transport, chosen, nil
+}
+
+// inline is the text of an argument, or of the file that it names by @FILE.
+func inline(what, text string) (string, error) {
+	path, ok := strings.CutPrefix(text, "@")
+	if !ok {
+		return text, nil
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %w", what, err, ptipc.ExitNoInput)
+	}
+	return string(content), nil
+}

@@ -1,0 +1,301 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"pthost/cmd/ptipc/internal/config"
+	"pthost/ptipc"
+	"pthost/ptipc/front"
+)
+
+// drainTime is how long connections may go on after Ctrl-C.
+const drainTime = 3 * time.Second
+
+//go:embed default.json
+var defaultConfig []byte
+
+func newRun(o *options) *cobra.Command {
+	var listen string
+	var check bool
+	cmd := &cobra.Command{
+		Use:   "run [HOST.json]",
+		Short: "Run transports and the fronts before them until Ctrl-C",
+		Long: `Starts each transport of HOST.json, watches it, and opens the fronts through which
+ordinary programs use it. Without a file it runs a transport of its own behind a
+SOCKS5 proxy on 127.0.0.1:1080 and fetches a page through it, as a proof.
+
+Other users of this machine are refused at every front. Ctrl-C ends everything
+that was started; a second one does so at once.
+
+The schema of HOST.json is spec/host.schema.json; ptipc check tells what is wrong
+with a file without starting anything.`,
+		Example: `  ptipc run
+  ptipc run --listen 127.0.0.1:9150
+  ptipc run --check && echo it works
+  ptipc run host.json`,
+		Args: usageArgs(cobra.MaximumNArgs(1)),
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return []string{"json"}, cobra.ShellCompDirectiveFilterFileExt
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			opener, err := newOpener(o)
+			if err != nil {
+				return err
+			}
+			r := &runner{opener: opener, out: cmd.OutOrStdout(), transports: map[string]*ptipc.Transport{}}
+			var file *config.File
+			if len(args) == 1 {
+				if listen != "" {
+					return fmt.Errorf("--listen moves the front of the embedded default; %s has fronts of its own: %w", args[0], ptipc.ExitUsage)
+				}
+				file, err = config.Load(args[0])
+			} else {
+				file, err = embedded(listen)
+			}
+			if err != nil {
+				return err
+			}
+			return r.run(cmd.Context(), file, len(args) == 0, check)
+		},
+	}
+	cmd.Flags().StringVar(&listen, "listen", "", "where the front of the embedded default listens, IP:PORT (default 127.0.0.1:1080)")
+	cmd.Flags().BoolVar(&check, "check", false, "stop when everything has started, and was proved to work; exit code 0 or 1")
+	return cmd
+}
+
+// embedded is the configuration that runs without a file.
+func embedded(listen string) (*config.File, error) {
+	file, err := config.Parse(defaultConfig)
+	if err != nil {
+		return nil, fmt.Errorf("the embedded default: %w", err)
+	}
+	if listen != "" {
+		file.Fronts[0].Listen = "tcp://" + listen
+		if err := file.Fronts[0].Validate(); err != nil {
+			return nil, fmt.Errorf("--listen: %w: %w", err, ptipc.ExitUsage)
+		}
+	}
+	return file, nil
+}
+
+func newCheck() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check HOST.json",
+		Short: "Say what is wrong with a configuration, without starting anything",
+		Long: `Reads HOST.json as ptipc run does and checks all that can be checked without
+starting a child. An error names the file, the place as a JSON pointer, the value
+and the remedy.`,
+		Example: `  ptipc check host.json`,
+		Args:    usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			file, err := config.Load(args[0])
+			if err != nil {
+				return err
+			}
+			opener, err := newOpener(&options{logFormat: "text", logLevel: "error"})
+			if err != nil {
+				return err
+			}
+			for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
+				if t := file.Transports[name]; len(t.Attach) == 0 {
+					if _, err := opener.command(name, t); err != nil {
+						return fmt.Errorf("%s: %w", args[0], err)
+					}
+				}
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: %d transports, %d fronts, no fault found\n", args[0], len(file.Transports), len(file.Fronts))
+			return nil
+		},
+	}
+}
+
+// runner is one ptipc run.
+type runner struct {
+	opener     *opener
+	out        io.Writer
+	transports map[string]*ptipc.Transport
+	fronts     []*runningFront
+}
+
+type runningFront struct {
+	config.Front
+	server   front.Server
+	listener net.Listener
+	ended    chan error
+}
+
+func (r *runner) run(ctx context.Context, file *config.File, prove, check bool) (err error) {
+	defer func() {
+		if stopErr := r.stop(ctx); stopErr != nil {
+			err = errors.Join(err, stopErr)
+		}
+		if check && err != nil {
+			// What went wrong is said here, since the exit code of --check is 1.
+			fmt.Fprintln(os.Stderr, "ptipc:", err)
+			err = errors.Join(errSaid, ptipc.ExitCode(1))
+		}
+	}()
+	if err := r.start(ctx, file); err != nil {
+		if ctx.Err() != nil {
+			return nil // Ctrl-C during the start
+		}
+		return err
+	}
+	if prove {
+		if err := r.prove(ctx); err != nil {
+			return fmt.Errorf("the proof failed: %w", err)
+		}
+	}
+	if check {
+		return nil
+	}
+	fmt.Fprintln(r.out, "press Ctrl-C to stop")
+	return r.wait(ctx)
+}
+
+// start opens the transports and then the fronts, and says what it started.
+func (r *runner) start(ctx context.Context, file *config.File) error {
+	for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
+		t := file.Transports[name]
+		began := time.Now()
+		transport, err := r.opener.open(ctx, name, t)
+		if err != nil {
+			return fmt.Errorf("transport %q: %w", name, err)
+		}
+		r.transports[name] = transport
+		what := t.Exec
+		if what == "" {
+			what = "a child that runs already"
+		}
+		fmt.Fprintf(r.out, "transport %s: %s is ready after %v, with %s\n", name, what,
+			time.Since(began).Round(time.Millisecond), strings.Join(slices.Sorted(maps.Keys(transport.Connections)), ", "))
+	}
+	for i, f := range file.Fronts {
+		if err := r.startFront(f); err != nil {
+			return fmt.Errorf("front %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+func (r *runner) startFront(f config.Front) error {
+	chosen, name, err := factory(r.transports[f.Transport], f.Connection)
+	if err != nil {
+		return fmt.Errorf("connection: %w: %w", err, ptipc.ExitConfig)
+	}
+	log := r.opener.log.With("front", f.Listen, "transport", f.Transport)
+	var server front.Server
+	switch {
+	case f.Serve == "socks5" && chosen.Bound:
+		return &ptipc.ConfigError{Pointer: "/serve", Value: `"socks5"`, Problem: "needs a free transport, and " + name + " is bound", Remedy: `write "serve": "forward"`}
+	case f.Serve == "socks5":
+		server = front.SOCKS5(chosen, f.Settings, log)
+	case chosen.Bound && f.Dest != "":
+		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "has no meaning, since " + name + " is bound", Remedy: "remove it"}
+	case !chosen.Bound && f.Dest == "":
+		return &ptipc.ConfigError{Pointer: "/dest", Problem: "is missing, and " + name + " is free", Remedy: "add it: HOST:PORT"}
+	default:
+		server = front.Forward(chosen, f.Settings, f.Dest, log)
+	}
+	listener, err := front.Listen(f.Listen, log)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, ptipc.ExitUnavailable)
+	}
+	running := &runningFront{Front: f, server: server, listener: listener, ended: make(chan error, 1)}
+	r.fronts = append(r.fronts, running)
+	go func() { running.ended <- server.Serve(listener) }()
+	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), f.Transport)
+	return nil
+}
+
+// wait returns at Ctrl-C, or when a front or every transport has ended.
+func (r *runner) wait(ctx context.Context) error {
+	ended := make(chan error)
+	var all sync.WaitGroup
+	errs := make(chan error, len(r.transports))
+	for name, t := range r.transports {
+		all.Go(func() {
+			err := t.Wait()
+			if err != nil {
+				r.opener.log.Error("transport has ended", "transport", name, "err", err)
+			}
+			errs <- err
+		})
+	}
+	go func() {
+		all.Wait()
+		close(errs)
+		var joined error
+		for err := range errs {
+			joined = errors.Join(joined, err)
+		}
+		select {
+		case ended <- joined:
+		case <-ctx.Done():
+		}
+	}()
+	for _, f := range r.fronts {
+		go func() {
+			select {
+			case err := <-f.ended:
+				select {
+				case ended <- err:
+				case <-ctx.Done():
+				}
+			case <-ctx.Done():
+			}
+		}()
+	}
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+// stop ends the fronts, then the transports, and leaves nothing behind.
+func (r *runner) stop(ctx context.Context) error {
+	if ctx.Err() != nil {
+		fmt.Fprintln(r.out, "stopping")
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+	defer cancel()
+	var stopping sync.WaitGroup
+	for _, f := range r.fronts {
+		stopping.Go(func() {
+			if err := f.server.Shutdown(grace); err != nil {
+				r.opener.log.Info("connections were cut", "front", f.Listen, "err", err)
+			}
+		})
+	}
+	stopping.Wait()
+	var mu sync.Mutex
+	var errs []error
+	for name, t := range r.transports {
+		stopping.Go(func() {
+			// What a transport ended with by itself was told when it did.
+			if err := t.Close(); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				errs = append(errs, fmt.Errorf("transport %q: %w", name, err))
+			}
+		})
+	}
+	stopping.Wait()
+	return errors.Join(errs...)
+}

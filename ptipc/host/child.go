@@ -1,0 +1,397 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"pthost/ptipc"
+	"pthost/ptipc/localnet"
+	"pthost/ptipc/proc"
+	"pthost/ptipc/stdio"
+)
+
+const (
+	// maxMethods bounds what one child may announce.
+	maxMethods = 64
+	// maxLogLines is how many lines of a child are passed on to the log in a second.
+	maxLogLines = 100
+	// statsTimeout bounds the wait for an answer to STATS (STAT-3).
+	statsTimeout = time.Second
+)
+
+// errAnnounced: the child announced what it must not. Another start cannot help.
+var errAnnounced = errors.New("the child broke the protocol")
+
+// method is one connection factory that a child has announced.
+type method struct {
+	addr  localnet.Addr
+	bound bool
+	stats bool
+}
+
+// child is one process, from its start to its end.
+type child struct {
+	proc  *proc.Process
+	dir   *localnet.Dir
+	env   ptipc.Env
+	log   *slog.Logger
+	limit lineLimit
+
+	mu        sync.Mutex
+	methods   map[string]method
+	errs      []error
+	proxyDone bool
+	settled   chan struct{} // closed when it is known whether the start succeeded
+	isSettled bool
+	asked     map[uint64]chan stdio.StatsReply
+	lastID    uint64
+}
+
+// startChild starts the process and waits until it is ready. On an error nothing
+// of it is left (LIFE-1).
+func (s *supervisor) startChild(ctx context.Context) (*child, error) {
+	timeout := s.command.StartTimeout
+	if timeout == 0 {
+		timeout = defaultStartTimeout
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not ready after %v: %w", timeout, context.DeadlineExceeded))
+	defer cancel()
+
+	args, firstLine, err := s.arguments()
+	if err != nil {
+		return nil, err
+	}
+	c := &child{
+		dir: s.dir, env: s.env, log: s.log,
+		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
+	}
+	trace := s.command.Trace
+	c.proc, err = proc.Start(ctx, proc.Spec{
+		Path: s.command.Path, Args: args, Dir: s.path, Env: s.command.Environ,
+		Launcher: s.command.Launcher, Credential: s.command.Credential,
+		FinishWait: s.command.StopTimeout, Log: s.log,
+		OnLine: func(line []byte, truncated bool) {
+			if trace != nil {
+				trace(true, stdio.Mask(line))
+			}
+			c.line(line, truncated)
+		},
+		OnStderr: func(line string) {
+			if c.limit.allow(time.Now()) {
+				s.log.Info("child wrote to standard error", "line", line)
+			}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.event(Event{Kind: Started, Pid: c.proc.Pid()})
+	if firstLine != nil {
+		if trace != nil {
+			trace(false, []byte(`{"config":"***","host":"***"}`))
+		}
+		// ARG-7: WriteLine queues and never waits for the child.
+		if err := c.proc.WriteLine(firstLine); err != nil {
+			c.fail(err)
+		}
+	}
+	if err := c.awaitReady(ctx, s); err != nil {
+		s.reap(c)
+		return nil, err
+	}
+	return c, nil
+}
+
+// arguments builds [ROLE] CONFIG [HOST] (ARG-1) and the first line of standard
+// input, if the configuration goes there (ARG-4).
+func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
+	config, err := s.config.MarshalJSON()
+	if err != nil {
+		return nil, nil, err
+	}
+	args = slices.Clone(s.command.Args)
+	if s.command.Plain { // ARG-6
+		return append(args, string(config)), nil, nil
+	}
+	info := stdio.Host{Version: []int{stdio.ProtocolVersion}, Proxy: s.proxy, Listen: stdio.ListenUnix}
+	if runtime.GOOS == "windows" {
+		info.Listen = stdio.ListenTCP
+	}
+	if uid := os.Getuid(); uid >= 0 {
+		u := uint32(uid)
+		info.UID = &u
+	}
+	if s.command.ConfigArgv {
+		text, err := json.Marshal(info)
+		return append(args, "client", string(config), string(text)), nil, err
+	}
+	firstLine, err = stdio.Launch{Config: config, Host: info}.Append(nil)
+	return append(args, "client", "-"), bytes.TrimSuffix(firstLine, []byte("\n")), err
+}
+
+// awaitReady waits for CMETHODS DONE, an error, the child's end or ctx, and then
+// checks what was announced.
+func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
+	select {
+	case <-c.settled:
+	case <-c.proc.Done():
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	c.mu.Lock()
+	settled, err := c.isSettled, errors.Join(c.errs...)
+	c.mu.Unlock()
+	switch {
+	case !settled || err != nil && len(c.methods) == 0:
+		// What the child said on its way out, and how it went, belong together.
+		select {
+		case <-c.proc.Done():
+			return errors.Join(err, c.proc.Err())
+		case <-time.After(time.Second):
+			return err
+		case <-ctx.Done():
+			return errors.Join(err, context.Cause(ctx))
+		}
+	case len(c.methods) == 0:
+		return fmt.Errorf("%w: CMETHODS DONE without a CMETHOD (LINE-7)", errAnnounced)
+	case s.proxy != "" && !c.proxyDone:
+		return fmt.Errorf("%w: no PROXY DONE; its traffic would go around the proxy (PROXY-2)", errAnnounced)
+	}
+	if err != nil {
+		s.log.Warn("a connection factory of the child did not start", "err", err)
+	}
+	for name, bound := range s.command.Bound {
+		if m, ok := c.methods[name]; ok {
+			m.bound = bound
+			c.methods[name] = m
+		}
+	}
+	return c.checkSockets(ctx)
+}
+
+// checkSockets makes sure that the announced sockets are the child's own (SOCKS-18).
+func (c *child) checkSockets(ctx context.Context) error {
+	pids, err := c.proc.Pids()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for name, m := range c.methods {
+		conn, err := connect(ctx, c.dir, m.addr)
+		if err != nil {
+			return fmt.Errorf("%w: %s was announced at %s, where nothing listens: %w", errAnnounced, name, m.addr, err)
+		}
+		err = localnet.ListenerOwnedBy(conn, pids)
+		_ = conn.Close() // nothing was sent on it
+		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			return fmt.Errorf("%w: %s was announced at %s: %w (SOCKS-18)", errAnnounced, name, m.addr, err)
+		}
+	}
+	return nil
+}
+
+// fail ends the start with an error.
+func (c *child) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.addErr(err)
+	c.settle()
+}
+
+// addErr keeps the errors of a start, in bounded number.
+func (c *child) addErr(err error) {
+	if len(c.errs) < maxMethods {
+		c.errs = append(c.errs, err)
+	}
+}
+
+func (c *child) settle() {
+	if !c.isSettled {
+		c.isSettled = true
+		close(c.settled)
+	}
+}
+
+// line takes one line of the child's standard output. It is called from one
+// goroutine. Whatever it does not understand, it passes over (LINE-1, LINE-2).
+func (c *child) line(line []byte, truncated bool) {
+	if truncated {
+		if c.limit.allow(time.Now()) {
+			c.log.Warn("child wrote a line that is too long; it was passed over", "begins", string(stdio.Mask(line[:min(len(line), 64)])))
+		}
+		return
+	}
+	message, err := stdio.Parse(line)
+	if err != nil {
+		if c.limit.allow(time.Now()) {
+			c.log.Debug("child wrote a line that is not a control line", "err", err)
+		}
+		c.badAnnouncement(err)
+		return
+	}
+	switch m := message.(type) {
+	case stdio.Log:
+		if c.limit.allow(time.Now()) {
+			c.env.Logger().Log(context.Background(), m.Level, m.Message)
+		}
+	case stdio.Status:
+		if c.limit.allow(time.Now()) {
+			attrs := make([]slog.Attr, 0, len(m.Attrs)+1)
+			if m.Transport != "" {
+				attrs = append(attrs, slog.String("transport", m.Transport))
+			}
+			for _, kv := range m.Attrs {
+				attrs = append(attrs, slog.String(kv.Key, kv.Value))
+			}
+			c.env.Report(context.Background(), attrs...)
+		}
+	case stdio.StatsReply:
+		c.answer(m)
+	default:
+		c.announcement(message)
+	}
+}
+
+// badAnnouncement makes a malformed CMETHOD an error of the start: leaving it out
+// silently would hide a transport.
+func (c *child) badAnnouncement(err error) {
+	var parse *stdio.ParseError
+	if errors.As(err, &parse) && parse.Keyword == "CMETHOD" {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.isSettled {
+			c.addErr(fmt.Errorf("%w: %w", errAnnounced, err))
+		}
+	}
+}
+
+// announcement takes the lines of the start. After CMETHODS DONE they mean nothing.
+func (c *child) announcement(message stdio.Message) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.isSettled {
+		return
+	}
+	switch m := message.(type) {
+	case stdio.Version:
+		if m.Version != fmt.Sprint(stdio.ProtocolVersion) {
+			c.addErr(fmt.Errorf("%w: it speaks version %q, which was not offered (LINE-3)", errAnnounced, m.Version))
+			c.settle()
+		}
+	case stdio.VersionError:
+		c.addErr(fmt.Errorf("the child speaks none of our versions: %s: %w", m.Text, ptipc.ExitConfig))
+		c.settle()
+	case stdio.EnvError: // LINE-11
+		c.addErr(fmt.Errorf("the child cannot use its environment: %s: %w", m.Text, ptipc.ExitConfig))
+		c.settle()
+	case stdio.ProxyDone:
+		c.proxyDone = true
+	case stdio.ProxyError:
+		c.addErr(fmt.Errorf("the child cannot use the upstream proxy: %s: %w", m.Text, ptipc.ExitUnavailable))
+		c.settle()
+	case stdio.CMethod:
+		if err := c.addMethod(m); err != nil {
+			c.addErr(fmt.Errorf("%w: %w", errAnnounced, err))
+			clear(c.methods)
+			c.settle()
+		}
+	case stdio.CMethodError:
+		c.addErr(m)
+	case stdio.CMethodsDone:
+		c.settle()
+	}
+}
+
+func (c *child) addMethod(m stdio.CMethod) error {
+	if m.Protocol != stdio.ProtocolSOCKS5 {
+		return fmt.Errorf("CMETHOD %s has protocol %q; socks5 is the one that is known (LINE-4)", m.Name, m.Protocol)
+	}
+	addr, err := localnet.ParseAddr(m.Addr)
+	if err != nil {
+		return fmt.Errorf("CMETHOD %s: %w (LINE-5)", m.Name, err)
+	}
+	if _, twice := c.methods[m.Name]; twice {
+		return fmt.Errorf("CMETHOD %s was announced twice", m.Name)
+	}
+	if len(c.methods) == maxMethods {
+		return fmt.Errorf("more than %d CMETHOD lines", maxMethods)
+	}
+	c.methods[m.Name] = method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats()}
+	return nil
+}
+
+// sameAs reports whether two children announced the same (LIFE-7). Addresses and
+// extras may differ.
+func (c *child) sameAs(methods map[string]method) bool {
+	return maps.EqualFunc(c.methods, methods, func(a, b method) bool { return a.bound == b.bound })
+}
+
+// ask sends STATS and waits for the answer, but not long (STAT-3). client is ""
+// for the totals.
+func (c *child) ask(ctx context.Context, client string) ([]byte, error) {
+	c.mu.Lock()
+	c.lastID++
+	id, reply := c.lastID, make(chan stdio.StatsReply, 1)
+	c.asked[id] = reply
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.asked, id)
+	}()
+	line, err := stdio.Append(nil, stdio.StatsRequest{ID: id, Client: client})
+	if err != nil {
+		return nil, err
+	}
+	if err := c.proc.WriteLine(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
+	defer cancel()
+	select {
+	case m := <-reply:
+		return m.JSON, nil
+	case <-c.proc.Done():
+		return nil, c.proc.Err()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (c *child) answer(m stdio.StatsReply) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if reply, ok := c.asked[m.ID]; ok {
+		delete(c.asked, m.ID) // a second answer finds nobody
+		reply <- m
+	}
+}
+
+// lineLimit keeps a child that floods its outputs from flooding the log.
+type lineLimit struct {
+	mu     sync.Mutex
+	second int64
+	lines  int
+}
+
+func (l *lineLimit) allow(now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s := now.Unix(); s != l.second {
+		l.second, l.lines = s, 0
+	}
+	l.lines++
+	return l.lines <= maxLogLines
+}

@@ -1,0 +1,377 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"pthost/ptipc"
+	"pthost/ptipc/localnet"
+	"pthost/ptipc/relay"
+	"pthost/socks"
+)
+
+// supervisor keeps one child running: it owns the state directory, the way out
+// that the child is given, and the connections made through it.
+type supervisor struct {
+	command *Command
+	config  ptipc.Opaque
+	env     ptipc.Env
+	log     *slog.Logger
+	path    string // of the state directory
+	dir     *localnet.Dir
+	temp    bool   // the state directory is removed in the end
+	proxy   string // URL of the child's way out; "" is direct
+	out     *socks.Server
+	meter   relay.Meter
+
+	stop     context.CancelFunc // asks supervise to end
+	stopping context.Context
+	done     chan struct{} // closed when supervise has ended
+
+	mu      sync.Mutex
+	current *child        // nil between two children
+	changed chan struct{} // closed when current changes or the supervision ends
+	ended   bool
+	err     error // why it ended; nil after Close
+}
+
+func newSupervisor(c *Command, config ptipc.Opaque, env ptipc.Env) (s *supervisor, err error) {
+	var object map[string]json.RawMessage
+	if err := config.Decode(&object); err != nil { // ARG-3
+		return nil, err
+	}
+	s = &supervisor{
+		command: c, config: config, env: env, log: env.Logger(), proxy: c.Proxy,
+		changed: make(chan struct{}), done: make(chan struct{}),
+	}
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			s.release()
+		}
+	}()
+	if err := s.openState(); err != nil {
+		return nil, err
+	}
+	if env.DialOut != nil {
+		if err := s.serveProxy(); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// openState makes the state directory and keeps others out of it (LIFE-8).
+func (s *supervisor) openState() error {
+	s.path = s.env.Local
+	if s.path == "" {
+		path, err := os.MkdirTemp("", "ptipc-")
+		if err != nil {
+			return err
+		}
+		s.path, s.temp = path, true
+	} else if err := os.MkdirAll(s.path, 0o700); err != nil {
+		return err
+	}
+	var owner []uint32
+	if cred := s.command.Credential; cred != nil {
+		owner = []uint32{cred.UID}
+		if err := os.Chown(s.path, int(cred.UID), int(cred.GID)); err != nil {
+			return fmt.Errorf("giving the state directory to user %d: %w", cred.UID, err)
+		}
+	}
+	dir, err := localnet.OpenDir(s.path, owner...)
+	if err != nil {
+		return err
+	}
+	s.dir = dir
+	return dir.Lock()
+}
+
+// serveProxy makes the host the child's upstream proxy, so that the child's wire
+// goes the way that the application's Env says.
+func (s *supervisor) serveProxy() error {
+	if !localnet.Supported("tcp") {
+		return fmt.Errorf("Env.DialOut for a child process: a port of its own would be open to other users: %w", localnet.ErrUnsupported)
+	}
+	listener, err := localnet.ListenTCP("127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	uids := []uint32{uint32(os.Geteuid())}
+	if cred := s.command.Credential; cred != nil {
+		uids = append(uids, cred.UID)
+	}
+	s.out = &socks.Server{
+		Plain: true,
+		Dial: func(ctx context.Context, r *socks.Request) (net.Conn, error) {
+			return s.env.DialOut(ctx, "tcp", r.Dest)
+		},
+		Log: s.log,
+	}
+	s.proxy = "socks5://" + listener.Addr().String()
+	guarded := localnet.Guard(listener, s.log, uids...)
+	go func() {
+		if err := s.out.Serve(guarded); err != nil && s.stopping.Err() == nil {
+			s.log.Error("the child's way out has ended", "err", err)
+		}
+	}()
+	return nil
+}
+
+// release gives everything back but the child.
+func (s *supervisor) release() {
+	s.stop()
+	if s.out != nil {
+		cut, cancel := context.WithCancel(context.Background())
+		cancel()
+		_ = s.out.Shutdown(cut) // what is left is to be cut
+	}
+	if s.dir != nil {
+		_ = s.dir.Close()
+	}
+	if s.temp {
+		if err := os.RemoveAll(s.path); err != nil {
+			s.log.Warn("the temporary state directory is left behind", "err", err)
+		}
+	}
+}
+
+func (s *supervisor) event(e Event) {
+	s.log.Debug("child "+string(e.Kind), "path", s.command.Path, "pid", e.Pid, "err", e.Err, "delay", e.Delay)
+	if s.command.Events != nil {
+		s.command.Events(e)
+	}
+}
+
+// start starts a child and tells of it.
+func (s *supervisor) start(ctx context.Context) (*child, error) {
+	c, err := s.startChild(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.event(Event{Kind: Ready, Pid: c.proc.Pid()})
+	return c, nil
+}
+
+// reap stops a child for good, whatever it does (LIFE-4).
+func (s *supervisor) reap(c *child) {
+	if err := c.proc.Stop(context.Background()); err != nil {
+		s.log.Error("the child cannot be stopped", "err", err)
+		return
+	}
+	s.event(Event{Kind: Exited, Pid: c.proc.Pid(), Err: c.proc.Err()})
+}
+
+// publish makes c the child that Dial uses.
+func (s *supervisor) publish(c *child) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.current = c
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// supervise watches the child and starts another one when it ends (LIFE-6).
+func (s *supervisor) supervise(c *child) {
+	err := s.watch(c)
+	s.mu.Lock()
+	s.ended, s.err, s.current = true, err, nil
+	close(s.changed)
+	s.mu.Unlock()
+	cut, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = s.meter.Drain(cut) // nothing is behind these connections any more
+	s.release()
+	close(s.done)
+}
+
+func (s *supervisor) watch(c *child) error {
+	restart := s.command.Restart.withDefaults()
+	methods := c.methods
+	failures := 0
+	for {
+		since := time.Now()
+		select {
+		case <-s.stopping.Done():
+			s.reap(c)
+			return nil
+		case <-c.proc.Done():
+		}
+		s.publish(nil)
+		err := c.proc.Err()
+		s.event(Event{Kind: Exited, Pid: c.proc.Pid(), Err: err})
+		if time.Since(since) > restart.Max {
+			failures = 0
+		}
+		for {
+			failures++
+			if restart.Never || final(err) || failures >= restart.GiveUpAfter {
+				return s.giveUp(err, failures)
+			}
+			delay := restart.backoff(failures)
+			s.event(Event{Kind: Restarting, Delay: delay})
+			select {
+			case <-s.stopping.Done():
+				return nil
+			case <-time.After(delay):
+			}
+			if c, err = s.start(s.stopping); err == nil && !c.sameAs(methods) {
+				s.reap(c)
+				err = fmt.Errorf("%w: a restarted child announces other connection factories than before (LIFE-7)", errAnnounced)
+			}
+			if s.stopping.Err() != nil {
+				if err == nil {
+					s.reap(c)
+				}
+				return nil
+			}
+			if err == nil {
+				break
+			}
+			s.log.Warn("the child did not come back", "err", err)
+		}
+		s.publish(c)
+	}
+}
+
+func (s *supervisor) giveUp(err error, failures int) error {
+	switch {
+	case s.command.Restart.Never:
+		err = fmt.Errorf("transport %s ended: %w", s.command.Path, err)
+	case final(err):
+		err = fmt.Errorf("transport %s ended for good: %w", s.command.Path, err)
+	default:
+		err = fmt.Errorf("transport %s failed %d times in a row: %w", s.command.Path, failures, err)
+	}
+	s.event(Event{Kind: GaveUp, Err: err})
+	return err
+}
+
+// transport is what the application holds.
+func (s *supervisor) transport(methods map[string]method) *ptipc.Transport {
+	t := &ptipc.Transport{
+		Connections: make(map[string]ptipc.ConnectionFactory, len(methods)),
+		Stats:       s.stats,
+		Wait:        s.wait,
+		Close: func() error {
+			s.stop()
+			return s.wait()
+		},
+	}
+	for name, m := range methods {
+		t.Connections[name] = s.meter.Factory(m.bound, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
+			conn, err := s.dial(ctx, name, settings, dest)
+			if err != nil {
+				return nil, fmt.Errorf("transport %s: %s: %w", s.command.Path, name, err)
+			}
+			return conn, nil
+		})
+	}
+	return t
+}
+
+func (s *supervisor) wait() error {
+	<-s.done
+	return s.err // written before done was closed
+}
+
+// child returns the child that runs, and waits for the next one when there is none.
+func (s *supervisor) child(ctx context.Context) (*child, error) {
+	for {
+		s.mu.Lock()
+		c, changed, ended, err := s.current, s.changed, s.ended, s.err
+		s.mu.Unlock()
+		switch {
+		case ended && err != nil:
+			return nil, err
+		case ended:
+			return nil, net.ErrClosed
+		case c != nil:
+			return c, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the child is being restarted: %w", ctx.Err())
+		}
+	}
+}
+
+// dial opens one stream through whatever child runs. A child that has died but
+// was not yet missed is the only reason to try again: nothing was sent then.
+func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaque, dest string) (*relay.Conn, error) {
+	for {
+		c, err := s.child(ctx)
+		if err != nil {
+			return nil, err
+		}
+		m := c.methods[name]
+		if err := checkDest(m.bound, dest); err != nil {
+			return nil, err
+		}
+		raw, err := connect(ctx, c.dir, m.addr)
+		if err != nil {
+			if ctx.Err() == nil && c.gone(ctx) {
+				continue
+			}
+			return nil, fmt.Errorf("the child does not take connections: %w", ptipc.WithClass(ptipc.ErrGeneral, err))
+		}
+		if err := socks.Connect(ctx, raw, settings, dest); err != nil {
+			_ = raw.Close()
+			return nil, err
+		}
+		return s.meter.Conn(raw, relay.Options{Ask: c.asker(m, raw)}), nil
+	}
+}
+
+// checkDest holds the application to SOCKS-11 and SOCKS-12 before anything is sent.
+func checkDest(bound bool, dest string) error {
+	switch {
+	case bound && dest != "":
+		return fmt.Errorf("a bound transport takes no destination, and %q was given: %w", dest, ptipc.ErrNotAllowed)
+	case !bound && dest == "":
+		return fmt.Errorf("a free transport needs a destination: %w", ptipc.ErrNotAllowed)
+	}
+	return nil
+}
+
+// gone waits a moment for the end of a child that has stopped listening.
+func (c *child) gone(ctx context.Context) bool {
+	timer := time.NewTimer(100 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-c.proc.Done():
+		return true
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return false
+}
+
+// asker asks the child for the statistics of one connection, where it can tell
+// which one is meant. Elsewhere the host's own counts serve (STAT-3).
+func (c *child) asker(m method, raw net.Conn) func() (ptipc.Stats, bool) {
+	client := localnet.ClientName(raw.LocalAddr())
+	if !m.stats || client == "" {
+		return nil
+	}
+	return func() (stats ptipc.Stats, ok bool) {
+		answer, err := c.ask(context.Background(), client)
+		if err != nil || string(answer) == "null" {
+			return ptipc.Stats{}, false
+		}
+		return stats, json.Unmarshal(answer, &stats) == nil
+	}
+}
+
+// stats returns the host's own counts, which live through restarts (STAT-2).
+func (s *supervisor) stats(context.Context) (ptipc.TransportStats, error) {
+	return s.meter.Stats(), nil
+}

@@ -1,0 +1,131 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"pthost/ptipc"
+)
+
+// Options says what a [Conn] does beyond counting. The zero value is enough.
+type Options struct {
+	// OnClose runs once, after the connection has been closed.
+	OnClose func()
+
+	// Ask is consulted by [Conn.Stats] before its own counters: a child process
+	// may know better what went over the wire. false means that it does not know.
+	Ask func() (ptipc.Stats, bool)
+}
+
+// A Conn is a connection that counts its bytes and belongs to a [Meter]. It
+// implements [ptipc.Conn]. It adds one atomic addition to a Read or a Write.
+type Conn struct {
+	raw    net.Conn
+	meter  *Meter
+	opts   Options
+	opened time.Time
+
+	received, sent atomic.Uint64
+
+	mu     sync.Mutex
+	closed bool
+	cut    func() // ends the Join that has taken the socket over; nil outside of one
+}
+
+var _ ptipc.Conn = (*Conn)(nil)
+
+// Read reads from the connection and counts what was received.
+func (c *Conn) Read(p []byte) (int, error) {
+	n, err := c.raw.Read(p)
+	c.received.Add(uint64(n))
+	return n, err
+}
+
+// Write writes to the connection and counts what was sent.
+func (c *Conn) Write(p []byte) (int, error) {
+	n, err := c.raw.Write(p)
+	c.sent.Add(uint64(n))
+	return n, err
+}
+
+// CloseWrite ends the outgoing direction. The error is [errors.ErrUnsupported]
+// if the connection underneath cannot end one direction alone.
+func (c *Conn) CloseWrite() error {
+	half, ok := c.raw.(closeWriter)
+	if !ok {
+		return fmt.Errorf("relay: %T cannot close one direction: %w", c.raw, errors.ErrUnsupported)
+	}
+	return half.CloseWrite()
+}
+
+// Close closes the connection; a [Join] that relays it ends with [net.ErrClosed].
+// Only the first call does anything.
+func (c *Conn) Close() error { return c.close(c.raw.Close) }
+
+// Abort closes the connection so that the peer sees a reset, not a clean end,
+// where the socket underneath can say so: TCP can, a unix socket cannot.
+func (c *Conn) Abort() error { return c.close(func() error { return abort(c.raw) }) }
+
+func (c *Conn) close(end func() error) error {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil
+	}
+	c.closed = true
+	cut := c.cut
+	c.mu.Unlock()
+
+	if cut != nil {
+		cut()
+	}
+	err := end()
+	c.meter.remove(c)
+	if c.opts.OnClose != nil {
+		c.opts.OnClose()
+	}
+	return err
+}
+
+// Stats returns what [Options.Ask] knows, and its own counts otherwise (STAT-1).
+func (c *Conn) Stats() ptipc.Stats {
+	if c.opts.Ask != nil {
+		if s, ok := c.opts.Ask(); ok {
+			return s
+		}
+	}
+	return ptipc.Stats{Opened: c.opened, Received: c.received.Load(), Sent: c.sent.Load()}
+}
+
+// LocalAddr returns the local address.
+func (c *Conn) LocalAddr() net.Addr { return c.raw.LocalAddr() }
+
+// RemoteAddr returns the address of the peer.
+func (c *Conn) RemoteAddr() net.Addr { return c.raw.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (c *Conn) SetDeadline(t time.Time) error { return c.raw.SetDeadline(t) }
+
+// SetReadDeadline sets the deadline of Read.
+func (c *Conn) SetReadDeadline(t time.Time) error { return c.raw.SetReadDeadline(t) }
+
+// SetWriteDeadline sets the deadline of Write.
+func (c *Conn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadline(t) }
+
+type closeWriter interface{ CloseWrite() error }
+
+// abort closes c so that its peer does not take the end for a clean one. Close
+// is called in any case: a conn that embeds one with Abort may add to its Close.
+func abort(c net.Conn) error {
+	switch c := c.(type) {
+	case interface{ Abort() error }:
+		_ = c.Abort() // Close follows and reports
+	case interface{ SetLinger(sec int) error }:
+		_ = c.SetLinger(0) // fails only on a socket that is closed already
+	}
+	return c.Close()
+}

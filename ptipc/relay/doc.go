@@ -1,0 +1,2 @@
+// Package relay moves bytes between two connections and counts them.
+package relay

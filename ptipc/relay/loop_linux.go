@@ -1,0 +1,498 @@
+package relay
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	chunk      = 16 << 10 // a read of less is cheaper than two splices
+	spliceSize = 1 << 20  // the most that an unprivileged pipe holds
+	rounds     = 4        // of reading and writing for one flow before others have their turn
+
+	// Peers that stall in the middle of bulk each keep a pipe with up to
+	// spliceSize in it. Beyond this number, flows are copied instead.
+	maxPipes  = 64
+	idlePipes = 4 // kept by a loop for the next bulk flow
+
+	yieldAfter = 5 * time.Millisecond
+)
+
+// A loop relays many pairs on one thread, which sleeps in epoll_wait. It runs
+// while there are pairs.
+type loop struct {
+	mu    sync.Mutex
+	epfd  int             // valid while there are pairs
+	wake  int             // an eventfd, for cuts
+	pairs map[int32]*pair // by the id that epoll reports
+	last  int32
+	cuts  []*pair
+
+	// What follows belongs to the loop's goroutine.
+	ready   []*pair
+	scratch *[chunk]byte
+	pipes   []*pipe
+	inUse   int // pipes in flows
+}
+
+type pipe struct{ r, w int }
+
+var chunks = sync.Pool{New: func() any { return new([chunk]byte) }}
+
+var (
+	loops    = make([]loop, max(1, runtime.NumCPU()))
+	nextLoop atomic.Uint32
+)
+
+func pickLoop() *loop {
+	n := min(len(loops), numLoops())
+	return &loops[int(nextLoop.Add(1))%n]
+}
+
+// add puts p into the loop, which it starts if it is the first. false means that
+// the system is short of something.
+func (l *loop) add(p *pair) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	first := len(l.pairs) == 0
+	if first && !l.open() {
+		return false
+	}
+	for { // ids wrap around
+		l.last = (l.last + 1) & 0x3fffffff
+		if _, taken := l.pairs[l.last]; !taken {
+			break
+		}
+	}
+	p.id = l.last
+	for i := range p.legs {
+		if l.watch(p, i, unix.EPOLL_CTL_ADD) != nil {
+			if i == 1 {
+				_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, p.legs[0].fd, nil)
+			}
+			if first {
+				l.close()
+			}
+			return false
+		}
+	}
+	l.pairs[p.id] = p
+	if first {
+		go l.run()
+	}
+	return true
+}
+
+func (l *loop) open() bool {
+	var err error
+	if l.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return false
+	}
+	if l.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		unix.Close(l.epfd)
+		return false
+	}
+	// Edge-triggered: each write to it is an event, and nobody has to read it.
+	err = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeID})
+	if err != nil {
+		unix.Close(l.epfd)
+		unix.Close(l.wake)
+		return false
+	}
+	if l.pairs == nil {
+		l.pairs = make(map[int32]*pair)
+	}
+	return true
+}
+
+const wakeID = -1
+
+func (l *loop) close() {
+	unix.Close(l.epfd)
+	unix.Close(l.wake)
+	for _, p := range l.pipes {
+		p.close()
+	}
+	l.pipes, l.cuts, l.ready = nil, nil, nil
+	if l.scratch != nil {
+		chunks.Put(l.scratch)
+		l.scratch = nil
+	}
+}
+
+// watch asks for the events of a leg. EPOLLOUT is asked for only while a flow
+// waits for it: a unix socket reports it for each message that the peer reads.
+func (l *loop) watch(p *pair, side, op int) error {
+	g := &p.legs[side]
+	e := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET, Fd: p.id, Pad: int32(side)}
+	if g.armed {
+		e.Events |= unix.EPOLLOUT
+	}
+	return unix.EpollCtl(l.epfd, op, g.fd, &e)
+}
+
+// cut makes the loop abort p, unless it has ended already.
+func (l *loop) cut(p *pair, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.pairs[p.id] != p || p.cut != nil {
+		return
+	}
+	p.cut = err
+	l.cuts = append(l.cuts, p)
+	_, _ = unix.Write(l.wake, []byte{7: 1}) // one more than any number of bytes is an event
+}
+
+func (l *loop) run() {
+	var events [64]unix.EpollEvent
+	yielded := time.Now()
+	l.scratch = chunks.Get().(*[chunk]byte)
+	for {
+		timeout := -1
+		if len(l.ready) > 0 {
+			timeout = 0
+		}
+		n, err := unix.EpollWait(l.epfd, events[:], timeout)
+		if err != nil && err != unix.EINTR {
+			panic(fmt.Sprintf("relay: epoll_wait: %v", err)) // the descriptor was closed by a stranger
+		}
+		l.mu.Lock()
+		for i := range max(n, 0) {
+			e := &events[i]
+			p := l.pairs[e.Fd]
+			if p == nil {
+				continue
+			}
+			p.note(int(e.Pad), e.Events)
+			l.enqueue(p)
+		}
+		for _, p := range l.cuts {
+			if l.pairs[p.id] == p { // it may have ended since
+				p.failed = p.cut
+				l.enqueue(p)
+			}
+		}
+		l.cuts = l.cuts[:0]
+		l.mu.Unlock()
+
+		// A goroutine that has run for 10 ms without a break, be it in system
+		// calls, makes the runtime's monitor take its processor away every 20 µs.
+		if now := time.Now(); now.Sub(yielded) > yieldAfter {
+			runtime.Gosched()
+			yielded = time.Now()
+		}
+
+		turn := len(l.ready)
+		for _, p := range l.ready[:turn] {
+			p.queued = false
+			more := p.failed == nil && l.pump(p)
+			if p.failed != nil || p.flows[0].done && p.flows[1].done {
+				if l.finish(p) {
+					return
+				}
+			} else if more {
+				l.enqueue(p)
+			}
+		}
+		l.ready = append(l.ready[:0], l.ready[turn:]...)
+	}
+}
+
+func (l *loop) enqueue(p *pair) {
+	if !p.queued {
+		p.queued = true
+		l.ready = append(l.ready, p)
+	}
+}
+
+// note takes down what epoll says about a leg.
+func (p *pair) note(side int, events uint32) {
+	from, to := &p.flows[side], &p.flows[1-side]
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		from.readable = true
+	}
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		from.ending = true
+	}
+	if events&(unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		p.legs[side].gone = true
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		to.blocked = false
+	}
+}
+
+// pump moves what can be moved, and reports whether there is more.
+func (l *loop) pump(p *pair) (more bool) {
+	for i := range p.flows {
+		for r := 0; r < rounds && l.step(p, i); r++ {
+		}
+		if p.failed != nil {
+			return false
+		}
+	}
+	for i := range p.flows {
+		f, back := &p.flows[i], &p.flows[1-i]
+		if !f.done && back.done && p.legs[1-i].gone {
+			// Nobody reads on the other side any more, and a unix socket, other
+			// than TCP, says so before something is written.
+			f.done = true
+			if f.readable || f.holds() {
+				f.err = writeFailed(unix.EPIPE)
+			}
+		}
+		more = more || !f.done && !f.blocked && (f.readable || f.holds())
+	}
+	return more
+}
+
+func (f *flow) holds() bool { return f.inPipe > 0 || len(f.rest) > 0 }
+
+// step reads once and writes once. It reports whether another step may help.
+func (l *loop) step(p *pair, i int) bool {
+	f, dst := &p.flows[i], &p.legs[1-i]
+	if f.done || f.blocked {
+		return false
+	}
+	if !f.holds() {
+		if f.readable {
+			l.fill(p, i)
+			if p.failed != nil {
+				return false
+			}
+		}
+		if f.eof {
+			l.passEnd(p, i)
+			return false
+		}
+		if !f.holds() {
+			if dst.armed && !f.readable {
+				dst.armed = false
+				l.rewatch(p, 1-i)
+			}
+			return f.readable
+		}
+	}
+	l.drain(p, i)
+	return !f.done && !f.blocked && p.failed == nil
+}
+
+// fill reads into the flow.
+func (l *loop) fill(p *pair, i int) {
+	f, src := &p.flows[i], &p.legs[i]
+	var n int
+	var err error
+	if f.bulk && !f.copies {
+		f.pipe = l.takePipe()
+	}
+	if f.pipe != nil {
+		n, err = retry(func() (int, error) {
+			n, err := unix.Splice(src.fd, nil, f.pipe.w, nil, spliceSize, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+			return int(n), err
+		})
+		if n > 0 {
+			f.inPipe = n
+		} else {
+			l.returnPipe(f)
+		}
+		f.bulk = n >= chunk || err != nil
+	} else {
+		n, err = retry(func() (int, error) { return unix.Read(src.fd, l.scratch[:]) })
+		if n > 0 {
+			f.rest = l.scratch[:n]
+		}
+		f.bulk = n == chunk
+		// A short read from a stream has emptied it; what comes then is a new event.
+		f.readable = n == chunk || f.ending
+	}
+	switch {
+	case n > 0:
+		src.received(n)
+	case err == nil:
+		f.eof = true
+		f.readable = false
+	case err == unix.EAGAIN:
+		f.readable = false
+	case err == unix.EINVAL && f.bulk: // not every kernel splices from every kind of TCP
+		f.copies = true
+	default:
+		p.failed = readFailed(err)
+	}
+}
+
+// drain writes what the flow holds.
+func (l *loop) drain(p *pair, i int) {
+	f, dst := &p.flows[i], &p.legs[1-i]
+	for f.holds() {
+		var n int
+		var err error
+		if f.inPipe > 0 {
+			n, err = retry(func() (int, error) {
+				n, err := unix.Splice(f.pipe.r, nil, dst.fd, nil, f.inPipe, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+				return int(n), err
+			})
+		} else {
+			n, err = retry(func() (int, error) { return unix.Write(dst.fd, f.rest) })
+		}
+		if n > 0 {
+			dst.sent(n)
+			if f.inPipe > 0 {
+				if f.inPipe -= n; f.inPipe == 0 {
+					l.returnPipe(f)
+				}
+			} else {
+				f.rest = f.rest[n:]
+			}
+			continue
+		}
+		if err == unix.EAGAIN {
+			l.block(p, i)
+			return
+		}
+		l.writeFailed(p, i, err)
+		return
+	}
+	l.dropBuffer(f)
+}
+
+func (l *loop) block(p *pair, i int) {
+	f, dst := &p.flows[i], &p.legs[1-i]
+	f.blocked = true
+	if len(f.rest) > 0 && f.buf == nil {
+		// The bytes are in the loop's scratch buffer: give it away.
+		f.buf, l.scratch = l.scratch, chunks.Get().(*[chunk]byte)
+	}
+	if !dst.armed {
+		dst.armed = true
+		l.rewatch(p, 1-i)
+	}
+}
+
+func (l *loop) rewatch(p *pair, side int) {
+	if err := l.watch(p, side, unix.EPOLL_CTL_MOD); err != nil {
+		p.failed = fmt.Errorf("relay: epoll_ctl: %w", err)
+	}
+}
+
+func (l *loop) dropBuffer(f *flow) {
+	f.rest = nil
+	if f.buf != nil {
+		chunks.Put(f.buf)
+		f.buf = nil
+	}
+}
+
+// passEnd tells the destination that the stream has ended.
+func (l *loop) passEnd(p *pair, i int) {
+	if p.reset != nil {
+		// A reset is reported once. After a write has had it, a read sees what
+		// looks like the end of the stream.
+		p.failed = p.reset
+		return
+	}
+	f := &p.flows[i]
+	f.done = true
+	if err := unix.Shutdown(p.legs[1-i].fd, unix.SHUT_WR); err != nil {
+		l.writeFailed(p, i, err)
+	}
+}
+
+func (l *loop) writeFailed(p *pair, i int, err error) {
+	f, back := &p.flows[i], &p.flows[1-i]
+	f.done = true
+	f.err = writeFailed(err)
+	switch err {
+	case unix.EPIPE, unix.ENOTCONN:
+		// The peer takes no more. It may have said all it had to say before, and
+		// that is still to be read: an early answer to a long upload.
+	case unix.ECONNRESET:
+		// The same, but the other direction cannot end cleanly any more.
+		p.reset = f.err
+		back.readable, back.ending = true, true
+		if back.done {
+			p.failed = p.reset
+		}
+	default:
+		p.failed = f.err
+	}
+}
+
+// finish closes the sockets of a pair, and the loop if it was the last.
+func (l *loop) finish(p *pair) (last bool) {
+	for i := range p.flows {
+		f := &p.flows[i]
+		l.dropBuffer(f)
+		if f.pipe != nil {
+			f.pipe.close() // it may hold bytes
+			f.pipe = nil
+			l.inUse--
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.pairs, p.id)
+	for i := range p.legs {
+		g := &p.legs[i]
+		if p.failed != nil && g.tcp {
+			_ = unix.SetsockoptLinger(g.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		}
+		unix.Close(g.fd)
+	}
+	last = len(l.pairs) == 0
+	if last {
+		l.close()
+	}
+	close(p.done)
+	return last
+}
+
+// takePipe returns an empty pipe, or nil: then the flow is copied.
+func (l *loop) takePipe() *pipe {
+	if n := len(l.pipes); n > 0 {
+		p := l.pipes[n-1]
+		l.pipes = l.pipes[:n-1]
+		l.inUse++
+		return p
+	}
+	if l.inUse >= maxPipes {
+		return nil
+	}
+	var fds [2]int
+	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return nil
+	}
+	// A user who has many pipes gets small ones. They work too.
+	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, spliceSize)
+	l.inUse++
+	return &pipe{r: fds[0], w: fds[1]}
+}
+
+func (l *loop) returnPipe(f *flow) {
+	p := f.pipe
+	f.pipe = nil
+	l.inUse--
+	if len(l.pipes) == idlePipes {
+		p.close()
+		return
+	}
+	l.pipes = append(l.pipes, p)
+}
+
+func (p *pipe) close() {
+	unix.Close(p.r)
+	unix.Close(p.w)
+}
+
+func retry(op func() (int, error)) (int, error) {
+	for {
+		n, err := op()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}

@@ -1,0 +1,105 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"pthost/ptipc"
+)
+
+// A Meter holds the open connections of one transport and its totals. The zero
+// value is ready; a Meter must not be copied. Its methods may be called from
+// any goroutine.
+type Meter struct {
+	mu     sync.Mutex
+	open   map[*Conn]struct{}
+	closed ptipc.TransportStats // the connections that are closed; Active is unused
+	empty  chan struct{}        // closed when open becomes empty; nil while nobody waits
+}
+
+// Conn makes raw a [Conn] of this meter, which owns it from then on. It counts
+// as open until it is closed.
+func (m *Meter) Conn(raw net.Conn, opts Options) *Conn {
+	c := &Conn{raw: raw, meter: m, opts: opts, opened: time.Now()}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.open == nil {
+		m.open = make(map[*Conn]struct{})
+	}
+	m.open[c] = struct{}{}
+	m.closed.Opened++
+	return c
+}
+
+func (m *Meter) remove(c *Conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.open, c)
+	m.closed.Received += c.received.Load()
+	m.closed.Sent += c.sent.Load()
+	if len(m.open) == 0 && m.empty != nil {
+		close(m.empty)
+		m.empty = nil
+	}
+}
+
+// Failed counts a dial that failed.
+func (m *Meter) Failed() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed.Failed++
+}
+
+// Stats returns the totals, the bytes of open connections included (STAT-2).
+func (m *Meter) Stats() ptipc.TransportStats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.closed
+	s.Active = uint64(len(m.open))
+	for c := range m.open {
+		s.Received += c.received.Load()
+		s.Sent += c.sent.Load()
+	}
+	return s
+}
+
+// Conns returns the connections that are open now.
+func (m *Meter) Conns() []*Conn {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	conns := make([]*Conn, 0, len(m.open))
+	for c := range m.open {
+		conns = append(conns, c)
+	}
+	return conns
+}
+
+// Drain waits until no connection is open. When ctx ends first, it aborts those
+// that are left and returns the cause. It does not keep new ones from coming:
+// stop accepting and dialling before.
+func (m *Meter) Drain(ctx context.Context) error {
+	m.mu.Lock()
+	if len(m.open) == 0 {
+		m.mu.Unlock()
+		return nil
+	}
+	if m.empty == nil {
+		m.empty = make(chan struct{})
+	}
+	empty := m.empty
+	m.mu.Unlock()
+
+	select {
+	case <-empty:
+		return nil
+	case <-ctx.Done():
+	}
+	left := m.Conns()
+	for _, c := range left {
+		_ = c.Abort() // there is nobody to tell
+	}
+	return fmt.Errorf("relay: %d connections were cut: %w", len(left), context.Cause(ctx))
+}

@@ -1,0 +1,137 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// joinSockets relays between two sockets on an engine loop. done is false if
+// the conns are not both sockets, or if descriptors are short: copying still works.
+func joinSockets(ctx context.Context, a, b net.Conn) (err error, done bool) {
+	socketA, socketB := socketOf(a), socketOf(b)
+	if socketA == nil || socketB == nil {
+		return nil, false
+	}
+	p := &pair{done: make(chan struct{})}
+	if !p.legs[0].take(a, socketA) {
+		return nil, false
+	}
+	if !p.legs[1].take(b, socketB) {
+		unix.Close(p.legs[0].fd)
+		return nil, false
+	}
+	l := pickLoop()
+	if !l.add(p) {
+		unix.Close(p.legs[0].fd)
+		unix.Close(p.legs[1].fd)
+		return nil, false
+	}
+	// From here on the loop has the sockets. Without this, the poller of the Go
+	// runtime would wake a thread for each of their events as well.
+	_, _ = socketA.Close(), socketB.Close()
+	closed := fmt.Errorf("relay: %w", net.ErrClosed)
+	for i := range p.legs {
+		for _, c := range p.legs[i].layers {
+			if !c.handOver(func() { l.cut(p, closed) }) {
+				l.cut(p, closed)
+			}
+		}
+	}
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		l.cut(p, cutBy(ctx))
+		<-p.done
+	}
+	return p.result(), true
+}
+
+// handOver sets what ends the relay of a connection that is closed meanwhile.
+// It reports false if it is closed already.
+func (c *Conn) handOver(cut func()) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cut = cut
+	return !c.closed
+}
+
+// A pair is two sockets that are joined. Only its loop touches it until done is
+// closed, except for what is said to be under the loop's mutex.
+type pair struct {
+	id     int32
+	legs   [2]leg
+	flows  [2]flow // flows[i] goes from legs[i] to legs[1-i]
+	queued bool    // in the loop's ready list
+	cut    error   // why it is to end now; under the loop's mutex
+	reset  error   // a write found out that the peer has reset its connection
+	failed error   // why both sides were aborted
+	done   chan struct{}
+}
+
+func (p *pair) result() error {
+	if p.failed != nil {
+		return p.failed
+	}
+	return errors.Join(p.flows[0].err, p.flows[1].err)
+}
+
+// A leg is one socket of a pair.
+type leg struct {
+	fd     int
+	tcp    bool
+	layers []*Conn // that count it, the outermost first
+	armed  bool    // EPOLLOUT is asked for
+	gone   bool    // the peer takes nothing any more
+}
+
+// take duplicates the descriptor of the socket underneath c.
+func (g *leg) take(c, socket net.Conn) bool {
+	for layer, ok := c.(*Conn); ok; layer, ok = layer.raw.(*Conn) {
+		g.layers = append(g.layers, layer)
+	}
+	_, g.tcp = socket.(*net.TCPConn)
+	raw, err := socket.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return false
+	}
+	var dupErr error
+	err = raw.Control(func(fd uintptr) {
+		g.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	return err == nil && dupErr == nil
+}
+
+func (g *leg) received(n int) {
+	for _, c := range g.layers {
+		c.received.Add(uint64(n))
+	}
+}
+
+func (g *leg) sent(n int) {
+	for _, c := range g.layers {
+		c.sent.Add(uint64(n))
+	}
+}
+
+// A flow is one direction of a pair. It holds bytes, in a pipe or in a buffer,
+// only while the destination does not take them.
+type flow struct {
+	readable bool // the source may have something: epoll says so once
+	ending   bool // the end or an error is behind the last byte
+	blocked  bool // the destination takes nothing until epoll says so
+	bulk     bool // the last read was full: splice
+	copies   bool // the source cannot be spliced
+	eof      bool // the source has ended; to be passed on
+	done     bool
+	err      error // why it ended, if not at the end of the stream
+
+	pipe   *pipe
+	inPipe int
+	buf    *[chunk]byte
+	rest   []byte // of buf
+}

@@ -1,0 +1,54 @@
+package relay
+
+import (
+	"context"
+	"net"
+	"sync"
+
+	"pthost/ptipc"
+)
+
+// A DialFunc opens the wire of one stream: what an author of a transport writes.
+// It has the arguments of [ptipc.ConnectionFactory].Dial.
+type DialFunc func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error)
+
+// Factory makes a connection factory of dial: its connections and failures are
+// counted here, and its errors answer errors.Is for their [ptipc.Class] (ERR-2).
+func (m *Meter) Factory(bound bool, dial DialFunc) ptipc.ConnectionFactory {
+	return ptipc.ConnectionFactory{
+		Bound: bound,
+		Dial: func(ctx context.Context, settings ptipc.Opaque, dest string) (ptipc.Conn, error) {
+			raw, err := dial(ctx, settings, dest)
+			if err != nil {
+				m.Failed()
+				return nil, ptipc.Classify(err)
+			}
+			if conn, ok := raw.(*Conn); ok && conn.meter == m {
+				return conn, nil
+			}
+			return m.Conn(raw, Options{}), nil
+		},
+	}
+}
+
+// Transport makes a transport of connection factories of this meter. Its Close
+// cuts the connections that are still open and then runs end, which may be nil.
+func (m *Meter) Transport(connections map[string]ptipc.ConnectionFactory, end func() error) *ptipc.Transport {
+	closed := make(chan struct{})
+	shut := sync.OnceValue(func() error {
+		defer close(closed)
+		cut, cancel := context.WithCancel(context.Background())
+		cancel()
+		_ = m.Drain(cut) // it reports that it cut what it was to cut
+		if end != nil {
+			return end()
+		}
+		return nil
+	})
+	return &ptipc.Transport{
+		Connections: connections,
+		Stats:       func(context.Context) (ptipc.TransportStats, error) { return m.Stats(), nil },
+		Wait:        func() error { <-closed; return nil },
+		Close:       shut,
+	}
+}

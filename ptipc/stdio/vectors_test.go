@@ -1,0 +1,317 @@
+package stdio_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"testing"
+
+	"pthost/ptipc"
+	"pthost/ptipc/stdio"
+)
+
+// vectors is where the vectors are; its README.md explains them.
+const vectors = "../../testdata/stdio"
+
+type vector struct {
+	name, clause, input string
+	bytes               []byte
+	want                string
+	refused             bool
+}
+
+func loadVectors(t testing.TB) []vector {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(vectors, "*.txt"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no vectors in %s: %v", vectors, err)
+	}
+	var all []vector
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := map[string]bool{}
+		for stanza := range strings.SplitSeq(string(text), "\n\n") {
+			var v vector
+			for line := range strings.Lines(stanza) {
+				line = strings.TrimSuffix(line, "\n")
+				if line == "" || line[0] == '#' {
+					continue
+				}
+				key, value, ok := strings.Cut(line, ":")
+				value = strings.TrimPrefix(value, " ")
+				switch key {
+				case "name":
+					v.name = strings.TrimSuffix(filepath.Base(file), ".txt") + "/" + value
+				case "clause":
+					v.clause = value
+				case "input":
+					v.input = value
+				case "bytes":
+					v.bytes = unescape(t, value)
+				case "want":
+					v.want = value
+				case "write":
+					v.refused = value == "refused"
+				default:
+					ok = false
+				}
+				if !ok {
+					t.Fatalf("%s: strange line %q", file, line)
+				}
+			}
+			if reflect.DeepEqual(v, vector{}) {
+				continue // a comment by itself
+			}
+			if v.name == "" || v.clause == "" || v.input == "" || v.want == "" || seen[v.name] {
+				t.Fatalf("%s: incomplete or double vector %q", file, v.name)
+			}
+			seen[v.name] = true
+			all = append(all, v)
+		}
+	}
+	return all
+}
+
+// unescape reads %XX and %{N}.
+func unescape(t testing.TB, s string) []byte {
+	t.Helper()
+	var b []byte
+	for s != "" {
+		var err error
+		switch {
+		case s[0] != '%':
+			b, s = append(b, s[0]), s[1:]
+		case strings.HasPrefix(s, "%{"):
+			var count string
+			var n int
+			count, s, _ = strings.Cut(s[2:], "}")
+			n, err = strconv.Atoi(count)
+			b = append(b, bytes.Repeat(b[len(b)-1:], n-1)...)
+		default:
+			var c uint64
+			c, err = strconv.ParseUint(s[1:3], 16, 8)
+			b, s = append(b, byte(c)), s[3:]
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b
+}
+
+// describe is m in the words of the vectors.
+func describe(m stdio.Message) any {
+	type object = map[string]any
+	pairs := func(kvs []stdio.KV) any {
+		list := [][2]string{}
+		for _, kv := range kvs {
+			list = append(list, [2]string{kv.Key, kv.Value})
+		}
+		return list
+	}
+	switch m := m.(type) {
+	case stdio.Version:
+		return object{"keyword": "VERSION", "version": m.Version}
+	case stdio.VersionError:
+		return object{"keyword": "VERSION-ERROR", "text": m.Text}
+	case stdio.EnvError:
+		return object{"keyword": "ENV-ERROR", "text": m.Text}
+	case stdio.ProxyError:
+		return object{"keyword": "PROXY-ERROR", "text": m.Text}
+	case stdio.ProxyDone:
+		return object{"keyword": "PROXY DONE"}
+	case stdio.CMethodsDone:
+		return object{"keyword": "CMETHODS DONE"}
+	case stdio.CMethod:
+		return object{"keyword": "CMETHOD", "name": m.Name, "protocol": m.Protocol, "addr": m.Addr, "args": pairs(m.Args)}
+	case stdio.CMethodError:
+		o := object{"keyword": "CMETHOD-ERROR", "name": m.Name, "class": m.Class, "message": m.Message}
+		if m.Config != nil {
+			o["config"] = m.Config
+		}
+		return o
+	case stdio.Log:
+		names := map[slog.Level]string{
+			slog.LevelError: "error", slog.LevelWarn: "warning", stdio.LevelNotice: "notice",
+			slog.LevelInfo: "info", slog.LevelDebug: "debug",
+		}
+		return object{"keyword": "LOG", "severity": names[m.Level], "message": m.Message}
+	case stdio.Status:
+		return object{"keyword": "STATUS", "transport": m.Transport, "attrs": pairs(m.Attrs)}
+	case stdio.StatsRequest:
+		return object{"keyword": "STATS", "id": m.ID, "client": m.Client}
+	case stdio.StatsReply:
+		return object{"keyword": "STATS", "id": m.ID, "json": m.JSON}
+	case stdio.Unknown:
+		return object{"ignored": m.Keyword, "rest": m.Rest}
+	}
+	return fmt.Sprintf("%T", m)
+}
+
+// sameJSON compares what came out with the text of a vector.
+func sameJSON(t *testing.T, got any, want string) {
+	t.Helper()
+	text, err := json.Marshal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	decode := func(s []byte) (v any) {
+		decoder := json.NewDecoder(bytes.NewReader(s))
+		decoder.UseNumber()
+		if err := decoder.Decode(&v); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+		return v
+	}
+	if !reflect.DeepEqual(decode(text), decode([]byte(want))) {
+		t.Errorf("got  %s\nwant %s", text, want)
+	}
+}
+
+func TestVectors(t *testing.T) {
+	for _, v := range loadVectors(t) {
+		t.Run(v.name, func(t *testing.T) {
+			switch v.input {
+			case "child":
+				lineVector(t, v, stdio.Parse)
+			case "host":
+				lineVector(t, v, stdio.ParseHost)
+			case "stream":
+				sameJSON(t, readAll(t, bytes.NewReader(v.bytes)), v.want)
+			case "launch":
+				launch, err := stdio.NewReader(bytes.NewReader(append(v.bytes, '\n'))).ReadLaunch()
+				if v.want == "error" {
+					wantDataErr(t, err)
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				sameJSON(t, launch, v.want)
+			case "host-object":
+				var host stdio.Host
+				err := host.UnmarshalJSON(v.bytes)
+				if v.want == "error" {
+					if err == nil || !reflect.DeepEqual(host, stdio.Host{}) {
+						t.Fatalf("%+v, error %v", host, err)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				sameJSON(t, host, v.want)
+			case "address":
+				network, address, err := stdio.ParseAddr(string(v.bytes))
+				if v.want == "error" {
+					if err == nil || !strings.Contains(err.Error(), "LINE-5") {
+						t.Fatalf("%s %s, error %v", network, address, err)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				sameJSON(t, map[string]string{"network": network, "address": address}, v.want)
+			case "mask":
+				want := unescape(t, v.want)
+				if got := stdio.Mask(v.bytes); !bytes.Equal(got, want) {
+					t.Errorf("got  %s\nwant %s", got, want)
+				}
+				if got := stdio.Mask(want); !bytes.Equal(got, want) {
+					t.Errorf("masked again %s\nwant         %s", got, want)
+				}
+			default:
+				t.Fatalf("unknown input %q", v.input)
+			}
+		})
+	}
+}
+
+func lineVector(t *testing.T, v vector, parse func([]byte) (stdio.Message, error)) {
+	t.Helper()
+	m, err := parse(v.bytes)
+	var parseErr *stdio.ParseError
+	switch v.want {
+	case "error form":
+		if !errors.As(err, &parseErr) || parseErr.Keyword != "" {
+			t.Fatalf("%#v, error %v", m, err)
+		}
+		return
+	case "error arguments":
+		if !errors.As(err, &parseErr) || parseErr.Keyword == "" {
+			t.Fatalf("%#v, error %v", m, err)
+		}
+		return
+	case "error too-long":
+		if !errors.Is(err, stdio.ErrTooLong) {
+			t.Fatalf("%#v, error %v", m, err)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameJSON(t, describe(m), v.want)
+	// What a stream reader leaves at the end of the line changes nothing.
+	if again, err := parse(append(bytes.Clone(v.bytes), '\n')); err != nil || !reflect.DeepEqual(m, again) {
+		t.Errorf("with its LF: %#v, error %v", again, err)
+	}
+	line, err := stdio.Append(nil, m)
+	if v.refused {
+		if err == nil {
+			t.Errorf("written as %q", line)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := parse(line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameJSON(t, describe(again), v.want)
+}
+
+// readAll describes a stream in the words of the vectors.
+func readAll(t testing.TB, r io.Reader) []any {
+	t.Helper()
+	var out []any
+	reader := stdio.NewReader(r)
+	for {
+		line, err := reader.ReadLine()
+		switch {
+		case err == nil && len(line) > 100:
+			out = append(out, len(line))
+		case err == nil:
+			out = append(out, string(line))
+		case errors.Is(err, stdio.ErrTooLong):
+			out = append(out, map[string]string{"error": "too-long"})
+		case errors.Is(err, io.EOF):
+			return append(out, map[string]string{"end": "whole"})
+		case errors.Is(err, io.ErrUnexpectedEOF):
+			return append(out, map[string]string{"end": "cut off"})
+		default:
+			t.Fatal(err)
+		}
+	}
+}
+
+func wantDataErr(t *testing.T, err error) {
+	t.Helper()
+	if ptipc.ExitCodeOf(err) != ptipc.ExitDataErr {
+		t.Errorf("exit code %d for %v, want %d", ptipc.ExitCodeOf(err), err, ptipc.ExitDataErr)
+	}
+}

@@ -1,0 +1,263 @@
+package socks
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+
+	socks5 "github.com/armon/go-socks5"
+
+	"pthost/ptipc"
+)
+
+const (
+	version = 0x05
+
+	methodNone       = 0x00
+	methodLength     = 0x09 // settings with a length
+	methodSettings   = 0x80 // settings, raw or with a length
+	methodRefused    = 0xff
+	commandConnect   = 0x01
+	handshakeBuffer  = 2048
+	refusedByVersion = "socks: version %d is not SOCKS5"
+)
+
+// errSilent marks the end of a handshake that gets no answer: what came is not
+// SOCKS5, or the client is gone.
+var errSilent = errors.New("no answer")
+
+// A handshake reads greeting, settings and request from a client. Its memory is
+// used again for other clients; nothing may point into it once it is released.
+type handshake struct {
+	conn   net.Conn
+	buf    []byte // all bytes that have come
+	pos    int    // how many of them have been taken
+	method byte   // the answer to the greeting
+	owed   bool   // the client has not been told the method
+	parser bytes.Reader
+	small  [handshakeBuffer]byte
+}
+
+var handshakes = sync.Pool{New: func() any { return new(handshake) }}
+
+func newHandshake(conn net.Conn) *handshake {
+	h := handshakes.Get().(*handshake)
+	h.conn = conn
+	h.buf = h.small[:0]
+	return h
+}
+
+func (h *handshake) release() {
+	h.conn, h.buf, h.pos, h.owed = nil, nil, 0, false
+	h.parser.Reset(nil)
+	handshakes.Put(h)
+}
+
+// rest returns a copy of the bytes that came behind the request: early data.
+func (h *handshake) rest() []byte { return bytes.Clone(h.buf[h.pos:]) }
+
+// read runs the handshake. The error has the class that the client is to be
+// told, or is errSilent.
+func (h *handshake) read(plain, bound bool) (Request, error) {
+	method, err := h.readGreeting(plain)
+	if err != nil {
+		return Request{}, err
+	}
+	var settings ptipc.Opaque
+	switch method {
+	case methodLength:
+		settings, err = h.readLengthSettings()
+	case methodSettings:
+		settings, err = h.readSettings()
+	}
+	if err != nil {
+		return Request{}, h.ended(err, ptipc.ErrSettingsTimedOut, ptipc.ErrSettingsNotJSON) // SOCKS-6
+	}
+	dest, err := h.readRequest(bound)
+	if err != nil {
+		return Request{}, h.ended(err, ptipc.ErrTimedOut, ptipc.ErrGeneral)
+	}
+	return Request{Settings: settings, Dest: dest, Client: h.conn}, nil
+}
+
+// ended gives a class to the end of the input: timeout when it did not come in
+// time, and truncated when the client ended its stream, and may still read.
+func (h *handshake) ended(err error, timeout, truncated ptipc.Class) error {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return ptipc.WithClass(timeout, err)
+	case errors.Is(err, io.EOF):
+		return ptipc.WithClass(truncated, err)
+	}
+	return err
+}
+
+func (h *handshake) readGreeting(plain bool) (byte, error) {
+	b, err := h.next(2)
+	if err != nil {
+		return 0, fmt.Errorf("socks: %w to a greeting that did not come whole: %w", errSilent, err)
+	}
+	if b[0] != version {
+		return 0, fmt.Errorf(refusedByVersion+": %w", b[0], errSilent)
+	}
+	offered, err := h.next(int(b[1]))
+	if err != nil {
+		return 0, fmt.Errorf("socks: %w to a greeting that did not come whole: %w", errSilent, err)
+	}
+	h.method, h.owed = chooseMethod(offered, plain), true
+	if h.method == methodRefused {
+		return 0, fmt.Errorf("socks: none of the offered methods % x is known", offered)
+	}
+	return h.method, nil
+}
+
+// chooseMethod lets settings win whatever the order of the client (SOCKS-1).
+func chooseMethod(offered []byte, plain bool) byte {
+	known := []byte{methodSettings, methodLength, methodNone}
+	if plain {
+		known = known[2:]
+	}
+	for _, m := range known {
+		if bytes.IndexByte(offered, m) >= 0 {
+			return m
+		}
+	}
+	return methodRefused
+}
+
+func (h *handshake) readSettings() (ptipc.Opaque, error) {
+	b, err := h.peek(1)
+	if err != nil {
+		return nil, err
+	}
+	if b[0] == 0 { // SOCKS-3: no JSON begins with NUL
+		return h.readLengthSettings()
+	}
+	// SOCKS-4. The scanner goes on where it stopped when more bytes come.
+	var scan scanner
+	for end := h.pos; ; {
+		fresh := h.buf[end:min(len(h.buf), h.pos+maxSettings)]
+		n, err := scan.feed(fresh)
+		if err != nil {
+			return nil, err
+		}
+		end += n
+		if scan.done {
+			return h.takeSettings(end - h.pos)
+		}
+		if end-h.pos == maxSettings {
+			return nil, ptipc.ErrSettingsTooLarge
+		}
+		if err := h.fill(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (h *handshake) readLengthSettings() (ptipc.Opaque, error) {
+	b, err := h.next(4)
+	if err != nil {
+		return nil, err
+	}
+	n := binary.BigEndian.Uint32(b)
+	if n > maxSettings { // SOCKS-3: before anything of that length is read or made
+		return nil, ptipc.ErrSettingsTooLarge
+	}
+	if _, err := h.peek(int(n)); err != nil {
+		return nil, err
+	}
+	return h.takeSettings(int(n))
+}
+
+func (h *handshake) takeSettings(n int) (ptipc.Opaque, error) {
+	b, err := h.next(n)
+	if err != nil {
+		return nil, err
+	}
+	settings, err := checkSettings(b)
+	return bytes.Clone(settings), err
+}
+
+func (h *handshake) readRequest(bound bool) (string, error) {
+	b, err := h.peek(4)
+	if err != nil {
+		return "", err
+	}
+	if b[0] != version {
+		return "", fmt.Errorf("socks: a request of version %d is not SOCKS5: %w", b[0], ptipc.ErrGeneral)
+	}
+	if b[1] != commandConnect { // SOCKS-7
+		return "", fmt.Errorf("socks: command %d is not CONNECT: %w", b[1], ptipc.ErrCommand)
+	}
+	n := 4 + 2
+	switch b[3] {
+	case addressIPv4:
+		n += net.IPv4len
+	case addressIPv6:
+		n += net.IPv6len
+	case addressName:
+		if b, err = h.peek(5); err != nil {
+			return "", err
+		}
+		n += 1 + int(b[4])
+	default: // SOCKS-7
+		return "", fmt.Errorf("socks: address type %d is unknown: %w", b[3], ptipc.ErrAddressType)
+	}
+	if b, err = h.next(n); err != nil {
+		return "", err
+	}
+	h.parser.Reset(b)
+	request, err := socks5.NewRequest(&h.parser)
+	if err != nil {
+		return "", fmt.Errorf("socks: cannot parse the request: %w", err)
+	}
+	return destination(request.DestAddr, bound)
+}
+
+// next takes n bytes. They are valid until the next call.
+func (h *handshake) next(n int) ([]byte, error) {
+	b, err := h.peek(n)
+	if err == nil {
+		h.pos += n
+	}
+	return b, err
+}
+
+// peek waits until n bytes are there, and does not take them.
+func (h *handshake) peek(n int) ([]byte, error) {
+	for len(h.buf)-h.pos < n {
+		if err := h.fill(); err != nil {
+			return nil, err
+		}
+	}
+	return h.buf[h.pos : h.pos+n], nil
+}
+
+// fill reads what is there, at least a byte. The method must have been answered
+// by then: the client may be waiting for it. When all has come at once there is
+// no need to, and one write answers everything.
+func (h *handshake) fill() error {
+	if h.owed {
+		if _, err := h.conn.Write([]byte{version, h.method}); err != nil {
+			return fmt.Errorf("socks: %w, the client is gone: %w", errSilent, err)
+		}
+		h.owed = false
+	}
+	if len(h.buf) == cap(h.buf) {
+		// SOCKS-3: memory grows with what has come, never with what was promised.
+		bigger := make([]byte, len(h.buf), 2*cap(h.buf))
+		copy(bigger, h.buf)
+		h.buf = bigger
+	}
+	n, err := h.conn.Read(h.buf[len(h.buf):cap(h.buf)])
+	h.buf = h.buf[:len(h.buf)+n]
+	if n > 0 {
+		return nil
+	}
+	return err
+}

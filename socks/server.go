@@ -1,0 +1,417 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"pthost/ptipc"
+	"pthost/ptipc/relay"
+)
+
+// The limits of a [Server] that does not set its own.
+const (
+	DefaultHandshakeTimeout = 10 * time.Second // SOCKS-9
+	DefaultMaxHandshakes    = 1024
+	DefaultMaxConns         = 16384
+)
+
+const (
+	lingerTime  = time.Second // how long a refused client's bytes are read and dropped,
+	lingerBytes = 256 << 10   // and how many of them
+	cutTime     = time.Second // how long Shutdown waits for what it has cut
+)
+
+// A Request is what a client asked for.
+type Request struct {
+	// Settings is one valid JSON object, nil if there is none or if it is empty.
+	Settings ptipc.Opaque
+
+	// Dest is "host:port", where host is an address, or a name that nobody has
+	// looked up (SOCKS-13). It is "" if the server is bound (SOCKS-11).
+	Dest string
+
+	// Client is the connection of the client, for its addresses only.
+	Client net.Conn
+}
+
+// A Server serves the modified SOCKS5. Dial must be set; the zero value of the
+// other fields works. Fields must not change once Serve has been called, and a
+// Server must not be copied.
+type Server struct {
+	// Bound says that there is one destination, which clients do not choose: they
+	// must ask for [::]:0 (SOCKS-11). Otherwise they must name one (SOCKS-12).
+	Bound bool
+
+	// Plain makes an ordinary SOCKS5 proxy without authentication: no settings,
+	// and no reply codes but those of RFC 1928.
+	Plain bool
+
+	// Dial connects to the wire. ctx ends when the client hangs up (SOCKS-14), when
+	// a shutdown cuts connections and when Dial has returned. The class of an error
+	// is the reply (ERR-1).
+	Dial func(ctx context.Context, r *Request) (net.Conn, error)
+
+	// HandshakeTimeout bounds the time from accept to the end of the request
+	// (SOCKS-9). 0 means DefaultHandshakeTimeout.
+	HandshakeTimeout time.Duration
+
+	// MaxHandshakes bounds the handshakes at any one time. Above it new connections
+	// wait to be accepted. 0 means DefaultMaxHandshakes (SOCKS-10).
+	MaxHandshakes int
+
+	// MaxConns bounds the connections that dial or relay at any one time. Above it
+	// requests are answered with reply 1. 0 means DefaultMaxConns (SOCKS-10).
+	MaxConns int
+
+	// Log receives a warning when descriptors run out, and at debug level what
+	// clients are refused for, which can name destinations. nil discards.
+	Log *slog.Logger
+
+	once   sync.Once
+	log    *slog.Logger
+	slots  chan struct{} // one for each handshake
+	ctx    context.Context
+	cut    context.CancelCauseFunc
+	ending chan struct{} // closed when Shutdown has been called
+
+	mu        sync.Mutex
+	closing   bool
+	listeners map[*net.Listener]struct{}
+	early     map[*session]struct{} // those that do not relay yet
+	open      int                   // sessions
+	admitted  int                   // sessions that dial or relay
+	empty     chan struct{}         // closed when closing and open is 0
+}
+
+// A session is one accepted connection until both of its sides are closed. It
+// holds a handshake slot until it is admitted or ends.
+type session struct{ conn net.Conn }
+
+var (
+	errCut  = errors.New("socks: the server was shut down")
+	errFull = errors.New("socks: the server holds as many connections as it may (MaxConns)")
+)
+
+func (s *Server) init() {
+	s.once.Do(func() {
+		s.log = s.Log
+		if s.log == nil {
+			s.log = slog.New(slog.DiscardHandler)
+		}
+		s.slots = make(chan struct{}, orDefault(s.MaxHandshakes, DefaultMaxHandshakes))
+		s.ctx, s.cut = context.WithCancelCause(context.Background())
+		s.ending = make(chan struct{})
+		s.empty = make(chan struct{})
+		s.listeners = make(map[*net.Listener]struct{})
+		s.early = make(map[*session]struct{})
+	})
+}
+
+func orDefault[T int | time.Duration](value, fallback T) T {
+	if value > 0 {
+		return value
+	}
+	return fallback
+}
+
+// Serve accepts connections on l until Shutdown, and then returns nil, or until
+// l fails. It closes l. A shortage of descriptors or memory does not end it
+// (SOCKS-10). It may be called for several listeners at once.
+func (s *Server) Serve(l net.Listener) error {
+	s.init()
+	defer l.Close()
+	if !s.addListener(&l) {
+		return nil
+	}
+	defer s.removeListener(&l)
+
+	var pause time.Duration
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if s.isClosing() {
+				return nil
+			}
+			if !passing(err) {
+				return fmt.Errorf("socks: accept on %s: %w", l.Addr(), err)
+			}
+			if pause == 0 {
+				s.log.Warn("cannot accept connections for now", "listener", l.Addr(), "error", err)
+			}
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			select {
+			case <-time.After(pause):
+			case <-s.ending:
+			}
+			continue
+		}
+		pause = 0
+		session := &session{conn: conn}
+		if !s.add(session) {
+			conn.Close()
+			return nil
+		}
+		select {
+		case s.slots <- struct{}{}:
+			go s.serve(session)
+		case <-s.ending:
+			s.remove(session, false)
+			conn.Close()
+			return nil
+		}
+	}
+}
+
+// passing reports whether an error of accept can go away by itself. What the
+// system reports for one connection, or for lack of means, can; what is wrong
+// with the listener cannot.
+func passing(err error) bool {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return false
+	}
+	return errno != syscall.EBADF && errno != syscall.EINVAL && errno != syscall.ENOTSOCK
+}
+
+// Shutdown stops accepting, and waits until the connections that are open have
+// ended. When ctx ends first it cuts them, so that their peers do not take the
+// end for a clean one, and returns the cause. It may be called more than once;
+// the first ctx to end counts.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.init()
+	s.mu.Lock()
+	if !s.closing {
+		s.closing = true
+		close(s.ending)
+		for l := range s.listeners {
+			(*l).Close()
+		}
+		if s.open == 0 {
+			close(s.empty)
+		}
+	}
+	s.mu.Unlock()
+
+	select {
+	case <-s.empty:
+		return nil
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	left := s.open
+	s.cut(errCut) // ends dials, and relays with a reset (SOCKS-15)
+	for session := range s.early {
+		session.conn.Close()
+	}
+	s.mu.Unlock()
+	select {
+	case <-s.empty:
+	case <-time.After(cutTime): // for a Dial that does not heed its ctx there is nothing more to do
+	}
+	return fmt.Errorf("socks: %d connections were cut: %w", left, context.Cause(ctx))
+}
+
+func (s *Server) isClosing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closing
+}
+
+func (s *Server) addListener(l *net.Listener) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return false
+	}
+	s.listeners[l] = struct{}{}
+	return true
+}
+
+func (s *Server) removeListener(l *net.Listener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.listeners, l)
+}
+
+func (s *Server) add(session *session) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return false
+	}
+	s.early[session] = struct{}{}
+	s.open++
+	return true
+}
+
+// admit lets a session dial and relay, and frees its handshake slot.
+func (s *Server) admit() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.admitted >= orDefault(s.MaxConns, DefaultMaxConns) {
+		return false
+	}
+	s.admitted++
+	<-s.slots
+	return true
+}
+
+// relays takes a session out of those that Shutdown closes itself: closing a
+// socket under a relay would look like a clean end to its peer.
+func (s *Server) relays(session *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.early, session)
+}
+
+func (s *Server) remove(session *session, admitted bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.early, session)
+	if admitted {
+		s.admitted--
+	}
+	s.open--
+	if s.closing && s.open == 0 {
+		close(s.empty)
+	}
+}
+
+// serve runs one session. Handshake and dial are functions of their own so that
+// an idle connection does not hold their stack.
+func (s *Server) serve(session *session) {
+	client, wire, admitted := s.connect(session.conn)
+	if wire != nil {
+		s.relays(session)
+		if err := relay.Join(s.ctx, client, wire); err != nil {
+			s.log.Debug("a connection broke", "error", err)
+		}
+	} else {
+		session.conn.Close()
+	}
+	if !admitted {
+		<-s.slots
+	}
+	s.remove(session, admitted)
+}
+
+// connect runs handshake and dial, and answers. wire is nil if the client was
+// refused or is gone. client is conn, with early data before it if there is any.
+func (s *Server) connect(conn net.Conn) (client, wire net.Conn, admitted bool) {
+	timeout := orDefault(s.HandshakeTimeout, DefaultHandshakeTimeout)
+	setDeadline(conn, timeout)
+	h := newHandshake(conn)
+	request, err := h.read(s.Plain, s.Bound)
+	method, owed := h.method, h.owed
+	early := h.rest()
+	h.release()
+
+	if err == nil && !s.admit() {
+		err = errFull
+	} else if err == nil {
+		admitted = true
+		wire, early, owed, err = s.dial(&request, early, method, owed, timeout)
+	}
+	if err != nil {
+		s.refuse(conn, method, owed, err)
+		return nil, nil, admitted
+	}
+	_ = conn.SetWriteDeadline(time.Now().Add(timeout)) // a conn without deadlines is closed by Shutdown
+	if _, err := conn.Write(reply(method, owed, 0)); err != nil {
+		wire.Close()
+		return nil, nil, admitted
+	}
+	_ = conn.SetDeadline(time.Time{})
+	if len(early) > 0 {
+		return &earlyConn{Conn: conn, early: early}, wire, admitted
+	}
+	return conn, wire, admitted
+}
+
+// refuse tells the client why, if it is there to be told. Bytes that it goes on
+// sending are read and dropped for a while: closing a socket over unread bytes
+// makes a reset, which can destroy the answer on its way.
+func (s *Server) refuse(conn net.Conn, method byte, owed bool, err error) {
+	s.log.Debug("refused a connection", "client", conn.RemoteAddr(), "error", err)
+	if errors.Is(err, errSilent) {
+		return
+	}
+	setDeadline(conn, lingerTime)
+	answer := []byte{version, methodRefused}
+	if method != methodRefused {
+		class := ptipc.ClassOf(err)
+		if s.Plain && class > ptipc.ErrAddressType {
+			class = ptipc.ErrGeneral // an ordinary client does not know the others
+		}
+		answer = reply(method, owed, class)
+	}
+	if _, err := conn.Write(answer); err != nil {
+		return
+	}
+	half, ok := conn.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	h := newHandshake(conn)
+	defer h.release()
+	for n := 0; n < lingerBytes; {
+		m, err := conn.Read(h.small[:])
+		if err != nil {
+			return
+		}
+		n += m
+	}
+}
+
+// reply makes the reply of the given class, 0 for success, behind the answer to
+// the greeting if that is owed. The bound address is 0.0.0.0:0 always (SOCKS-8).
+func reply(method byte, owed bool, class ptipc.Class) []byte {
+	b := []byte{version, method, version, byte(class), 0, addressIPv4, 0, 0, 0, 0, 0, 0}
+	if !owed {
+		b = b[2:]
+	}
+	return b
+}
+
+// setDeadline bounds reads and writes. A conn without deadlines is bounded by
+// the limits of the server, and closed by Shutdown.
+func setDeadline(conn net.Conn, d time.Duration) { _ = conn.SetDeadline(time.Now().Add(d)) }
+
+// An earlyConn gives what came with the handshake before what is still to come.
+type earlyConn struct {
+	net.Conn
+	early []byte
+}
+
+func (c *earlyConn) Read(p []byte) (int, error) {
+	if len(c.early) == 0 {
+		return c.Conn.Read(p)
+	}
+	n := copy(p, c.early)
+	if c.early = c.early[n:]; len(c.early) == 0 {
+		c.early = nil // an idle connection need not hold it
+	}
+	return n, nil
+}
+
+// CloseWrite ends the direction to the client, if the conn can.
+func (c *earlyConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// SetLinger lets a relay reset the connection.
+func (c *earlyConn) SetLinger(sec int) error {
+	if socket, ok := c.Conn.(interface{ SetLinger(sec int) error }); ok {
+		return socket.SetLinger(sec)
+	}
+	return errors.ErrUnsupported
+}

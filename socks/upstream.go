@@ -1,0 +1,87 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+
+	"pthost/ptipc"
+)
+
+const (
+	methodPassword  = 0x02
+	passwordVersion = 0x01
+)
+
+// ConnectUpstream asks an ordinary SOCKS5 proxy (RFC 1928) at the other end of
+// conn for a connection to dest, "host:port". A name goes to the proxy as a
+// name (PROXY-3). user, if it is not nil, is offered as username and password
+// (RFC 1929); errors never show it. Nothing is sent before the proxy has
+// answered what came before, since many proxies cannot take that.
+//
+// ctx, errors and conn are as with [Connect].
+func ConnectUpstream(ctx context.Context, conn net.Conn, user *url.Userinfo, dest string) error {
+	if dest == "" {
+		return fmt.Errorf("socks: an upstream proxy needs a destination: %w", ptipc.ErrNotAllowed)
+	}
+	request, err := appendDestination([]byte{version, commandConnect, 0}, dest)
+	if err != nil {
+		return err
+	}
+	greeting := []byte{version, 1, methodNone}
+	var login []byte
+	if user != nil {
+		if login, err = appendLogin(nil, user); err != nil {
+			return err
+		}
+		greeting = []byte{version, 2, methodNone, methodPassword}
+	}
+	return exchange(ctx, conn, func() error {
+		b := make([]byte, replySize)
+		err := sendAndRead(conn, greeting, func() error {
+			if _, err := io.ReadFull(conn, b[:2]); err != nil {
+				return endOfReply(err)
+			}
+			if b[1] == methodPassword && user != nil {
+				return checkMethod(b, methodPassword)
+			}
+			return checkMethod(b, methodNone)
+		})
+		if err != nil {
+			return err
+		}
+		if b[1] == methodPassword {
+			err := sendAndRead(conn, login, func() error { return readLoginReply(conn, b) })
+			if err != nil {
+				return err
+			}
+		}
+		return sendAndRead(conn, request, func() error { return readReply(conn, b, 0) })
+	})
+}
+
+func appendLogin(b []byte, user *url.Userinfo) ([]byte, error) {
+	name := user.Username()
+	password, _ := user.Password()
+	if len(name) == 0 || len(name) > 255 || len(password) > 255 {
+		return nil, ptipc.WithClass(ptipc.ErrNotAllowed,
+			errors.New("socks: the username for the upstream proxy must have 1 to 255 bytes, the password at most 255"))
+	}
+	b = append(b, passwordVersion, byte(len(name)))
+	b = append(b, name...)
+	b = append(b, byte(len(password)))
+	return append(b, password...), nil
+}
+
+func readLoginReply(r io.Reader, b []byte) error {
+	if _, err := io.ReadFull(r, b[:2]); err != nil {
+		return endOfReply(err)
+	}
+	if b[1] != 0 {
+		return fmt.Errorf("socks: the upstream proxy refused username and password: %w", ptipc.ErrNotAllowed)
+	}
+	return nil
+}

@@ -1,0 +1,14 @@
+// Package builtin is the registry of the transports that the tool carries.
+//
+//	open, ok := builtin.Clients["direct"]
+package builtin
+
+import (
+	"pthost/ptipc"
+	"pthost/transports/direct"
+)
+
+// Clients holds the client sides by name.
+var Clients = map[string]ptipc.TransportFactory{
+	"direct": direct.Open,
+}

@@ -1,0 +1,34 @@
+// Package direct is the free transport that changes nothing: it connects to the
+// destination by the way out that its environment provides. It is what other
+// transports are measured against.
+//
+//	transport, err := direct.Open(ctx, nil, ptipc.Env{})
+//	if err != nil {
+//		return err
+//	}
+//	conn, err := transport.Connections["direct"].Dial(ctx, nil, "example.com:443")
+package direct
+
+import (
+	"context"
+	"net"
+
+	"pthost/ptipc"
+	"pthost/ptipc/relay"
+)
+
+// Open is a [ptipc.TransportFactory]. Neither configuration nor settings have keys.
+func Open(_ context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
+	if err := config.Decode(&struct{}{}); err != nil {
+		return nil, err
+	}
+	var meter relay.Meter
+	return meter.Transport(map[string]ptipc.ConnectionFactory{
+		"direct": meter.Factory(false, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
+			if err := settings.Decode(&struct{}{}); err != nil {
+				return nil, err
+			}
+			return env.Dial(ctx, "tcp", dest)
+		}),
+	}, nil), nil
+}
