@@ -68,6 +68,8 @@ func TestExitCodes(t *testing.T) {
 		{ExitDataErr, ExitDataErr, true},
 		{os.ErrPermission, ExitNoPerm, true},
 		{context.DeadlineExceeded, ExitTempFail, false},
+		{os.ErrNotExist, ExitUnavailable, false},
+		{ErrRefused, ExitUnavailable, false},
 		{errors.New("x"), ExitSoftware, false},
 	} {
 		if got := ExitCodeOf(tt.err); got != tt.want || got.Final() != tt.final {

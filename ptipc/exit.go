@@ -1,7 +1,6 @@
 package ptipc
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -65,8 +64,15 @@ func ExitCodeOf(err error) ExitCode {
 		return ExitConfig
 	case errors.Is(err, os.ErrPermission):
 		return ExitNoPerm
-	case errors.Is(err, context.DeadlineExceeded):
-		return ExitTempFail
+	case errors.Is(err, os.ErrNotExist):
+		return ExitUnavailable
 	}
-	return ExitSoftware
+	switch ClassOf(err) {
+	case ErrTimedOut:
+		return ExitTempFail
+	case ErrNetworkUnreachable, ErrHostUnreachable, ErrRefused:
+		return ExitUnavailable
+	default:
+		return ExitSoftware
+	}
 }

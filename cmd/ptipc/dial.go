@@ -28,6 +28,9 @@ DEST is host:port, and has to be left out for a bound transport.`,
 		Args:              usageArgs(cobra.RangeArgs(2, 3)),
 		ValidArgsFunction: completeExec,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("log-level") {
+				o.logLevel = "warn" // like nc, it is quiet while all goes well
+			}
 			opener, err := newOpener(o)
 			if err != nil {
 				return err
@@ -40,7 +43,15 @@ DEST is host:port, and has to be left out for a bound transport.`,
 			if len(args) == 3 {
 				dest = args[2]
 			}
-			return errors.Join(f.dial(cmd.Context(), factory, dest), transport.Close())
+			switch {
+			case factory.Bound && dest != "":
+				err = fmt.Errorf("%s is bound: leave %q out: %w", args[0], dest, ptipc.ExitUsage)
+			case !factory.Bound && dest == "":
+				err = fmt.Errorf("%s is a free transport and needs a destination, host:port: %w", args[0], ptipc.ExitUsage)
+			default:
+				err = f.dial(cmd.Context(), factory, dest)
+			}
+			return errors.Join(err, transport.Close())
 		},
 	}
 	f.add(cmd)

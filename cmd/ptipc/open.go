@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"os/user"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -48,7 +49,7 @@ func newOpener(o *options) (*opener, error) {
 // command is the child of an executable, or of this tool itself.
 func (o *opener) command(name string, t config.Transport) (*host.Command, error) {
 	c := &host.Command{
-		Path: t.Exec, Args: t.Args, Plain: t.Plain, ConfigArgv: t.ConfigVia == "argv", Bound: t.Bound, Proxy: t.Proxy,
+		Name: name, Path: t.Exec, Args: t.Args, Plain: t.Plain, ConfigArgv: t.ConfigVia == "argv", Bound: t.Bound, Proxy: t.Proxy,
 		StartTimeout: time.Duration(t.StartTimeout), StopTimeout: time.Duration(t.StopTimeout),
 		Restart: host.Restart{
 			Never: t.Restart.Policy == "never",
@@ -104,7 +105,11 @@ func (o *opener) events(name string) func(host.Event) {
 		case host.Started, host.Ready:
 			log.Info("child "+string(e.Kind), "pid", e.Pid)
 		case host.Exited:
-			log.Info("child exited", "pid", e.Pid, "err", e.Err)
+			if ptipc.ExitCodeOf(e.Err) == ptipc.ExitOK {
+				log.Info("child exited", "pid", e.Pid)
+				return
+			}
+			log.Warn("child exited", "pid", e.Pid, "err", e.Err)
 		case host.Restarting:
 			log.Warn("child is restarted", "delay", e.Delay.Round(time.Millisecond))
 		case host.GaveUp:
@@ -210,7 +215,7 @@ func (f *execFlags) open(ctx context.Context, o *opener, exe, configText string)
 	if err := t.Validate(); err != nil {
 		return nil, none, fmt.Errorf("%w: %w", err, ptipc.ExitUsage)
 	}
-	transport, err := o.open(ctx, "dial", t)
+	transport, err := o.open(ctx, filepath.Base(exe), t)
 	if err != nil {
 		return nil, none, err
 	}

@@ -174,7 +174,7 @@ func (r *runner) start(ctx context.Context, file *config.File) error {
 		began := time.Now()
 		transport, err := r.opener.open(ctx, name, t)
 		if err != nil {
-			return fmt.Errorf("transport %q: %w", name, err)
+			return err
 		}
 		r.transports[name] = transport
 		what := t.Exec

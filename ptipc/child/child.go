@@ -218,13 +218,13 @@ func (c *child) start(ctx context.Context, t Transport, config ptipc.Opaque) err
 	}
 	if err != nil {
 		// CFG-1: the host learns the place in the configuration, the operator the text.
-		return errors.Join(err, c.out.Send(stdio.NewCMethodError("_", err)))
+		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 	}
 	c.transport = transport
 	for i, name := range slices.Sorted(maps.Keys(transport.Connections)) {
 		if err := c.announce(i, name, transport.Connections[name]); err != nil {
 			c.close()
-			return errors.Join(err, c.out.Send(stdio.NewCMethodError("_", err)))
+			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 		}
 	}
 	return c.out.Send(stdio.CMethodsDone{}) // LINE-7: every announced socket listens by now

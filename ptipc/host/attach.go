@@ -29,6 +29,9 @@ func (a *Attachment) Open(_ context.Context, config ptipc.Opaque, env ptipc.Env)
 	if env.DialOut != nil {
 		return nil, fmt.Errorf("a child that runs already cannot be given a way out: %w", ptipc.ExitUsage)
 	}
+	if len(a.Addrs) == 0 {
+		return nil, fmt.Errorf("attach: no address was given: %w", ptipc.ExitUsage)
+	}
 	addrs := map[string]localnet.Addr{}
 	needsDir := false
 	for name, text := range a.Addrs {
@@ -62,7 +65,7 @@ func attach(addrs map[string]localnet.Addr, bound map[string]bool, dir *localnet
 			}
 			conn, err := connect(ctx, dir, addr)
 			if err != nil {
-				return nil, fmt.Errorf("transport at %s: %w", addr, ptipc.WithClass(ptipc.ErrGeneral, err))
+				return nil, fmt.Errorf("transport at %s: %w", addr, unreached(ctx, err))
 			}
 			if err := socks.Connect(ctx, conn, settings, dest); err != nil {
 				_ = conn.Close()

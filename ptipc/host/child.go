@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -45,7 +46,10 @@ type child struct {
 	dir   *localnet.Dir
 	env   ptipc.Env
 	log   *slog.Logger
-	limit lineLimit
+	trace func(fromChild bool, line []byte)
+
+	lines    lineLimit // of LOG, standard error and what is not understood
+	statuses lineLimit // of STATUS, which a flood of the others must not hide
 
 	mu        sync.Mutex
 	methods   map[string]method
@@ -72,24 +76,21 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	c := &child{
-		dir: s.dir, env: s.env, log: s.log,
+		dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
-	trace := s.command.Trace
 	c.proc, err = proc.Start(ctx, proc.Spec{
 		Path: s.command.Path, Args: args, Dir: s.path, Env: s.command.Environ,
 		Launcher: s.command.Launcher, Credential: s.command.Credential,
 		FinishWait: s.command.StopTimeout, Log: s.log,
 		OnLine: func(line []byte, truncated bool) {
-			if trace != nil {
-				trace(true, stdio.Mask(line))
+			if c.trace != nil {
+				c.trace(true, stdio.Mask(line))
 			}
 			c.line(line, truncated)
 		},
 		OnStderr: func(line string) {
-			if c.limit.allow(time.Now()) {
-				s.log.Info("child wrote to standard error", "line", line)
-			}
+			c.say(slog.LevelInfo, "child wrote to standard error", "line", line)
 		},
 	})
 	if err != nil {
@@ -97,8 +98,8 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 	}
 	s.event(Event{Kind: Started, Pid: c.proc.Pid()})
 	if firstLine != nil {
-		if trace != nil {
-			trace(false, []byte(`{"config":"***","host":"***"}`))
+		if c.trace != nil {
+			c.trace(false, []byte(`{"config":"***","host":"***"}`))
 		}
 		// ARG-7: WriteLine queues and never waits for the child.
 		if err := c.proc.WriteLine(firstLine); err != nil {
@@ -106,8 +107,8 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		}
 	}
 	if err := c.awaitReady(ctx, s); err != nil {
-		s.reap(c)
-		return nil, err
+		s.abandon(c)
+		return nil, startError(err, c.proc.Err())
 	}
 	return c, nil
 }
@@ -127,7 +128,7 @@ func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
 	if runtime.GOOS == "windows" {
 		info.Listen = stdio.ListenTCP
 	}
-	if uid := os.Getuid(); uid >= 0 {
+	if uid := os.Geteuid(); uid >= 0 {
 		u := uint32(uid)
 		info.UID = &u
 	}
@@ -153,15 +154,11 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 	c.mu.Unlock()
 	switch {
 	case !settled || err != nil && len(c.methods) == 0:
-		// What the child said on its way out, and how it went, belong together.
-		select {
-		case <-c.proc.Done():
-			return errors.Join(err, c.proc.Err())
-		case <-time.After(time.Second):
-			return err
-		case <-ctx.Done():
-			return errors.Join(err, context.Cause(ctx))
+		if !settled {
+			err = errors.Join(err, errors.New("the child ended before it was ready"))
 		}
+		c.gone(ctx, time.Second) // how it goes belongs to the error as well
+		return err
 	case len(c.methods) == 0:
 		return fmt.Errorf("%w: CMETHODS DONE without a CMETHOD (LINE-7)", errAnnounced)
 	case s.proxy != "" && !c.proxyDone:
@@ -176,7 +173,52 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 			c.methods[name] = m
 		}
 	}
-	return c.checkSockets(ctx)
+	err = c.checkSockets(ctx)
+	if err != nil && ctx.Err() == nil && c.gone(ctx, deathWait) {
+		return errors.New("the child ended as soon as it was ready") // its sockets went with it
+	}
+	return err
+}
+
+// startError is why a child did not start: what is known from its control lines,
+// and how it ended, with its last words unless they say the same again.
+func startError(why, ended error) error {
+	var exit *proc.ExitError
+	if !errors.As(ended, &exit) {
+		return why // it could not be stopped
+	}
+	silent := true
+	for _, line := range exit.Stderr {
+		silent = silent && strings.Contains(why.Error(), line)
+	}
+	switch {
+	case exit.Stopped || exit.Code == int(ptipc.ExitOK):
+		// How it ended is not the reason, and its exit code must not become that of
+		// whoever reports the error.
+		if silent {
+			return why
+		}
+		return fmt.Errorf("%w\n%v", why, ended)
+	case silent && exit.Code > 0:
+		return fmt.Errorf("%w: %w", why, ptipc.ExitCode(exit.Code))
+	}
+	return errors.Join(why, ended)
+}
+
+// deathWait is how long the end of a child that has stopped listening is waited for.
+const deathWait = 100 * time.Millisecond
+
+// gone waits a moment for the end of a child that seems to be gone.
+func (c *child) gone(ctx context.Context, wait time.Duration) bool {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-c.proc.Done():
+		return true
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return false
 }
 
 // checkSockets makes sure that the announced sockets are the child's own (SOCKS-18).
@@ -191,7 +233,10 @@ func (c *child) checkSockets(ctx context.Context) error {
 	for name, m := range c.methods {
 		conn, err := connect(ctx, c.dir, m.addr)
 		if err != nil {
-			return fmt.Errorf("%w: %s was announced at %s, where nothing listens: %w", errAnnounced, name, m.addr, err)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return fmt.Errorf("%w: %s was announced at %s, where nothing listens: %w (LINE-7)", errAnnounced, name, m.addr, err)
 		}
 		err = localnet.ListenerOwnedBy(conn, pids)
 		_ = conn.Close() // nothing was sent on it
@@ -228,26 +273,20 @@ func (c *child) settle() {
 // goroutine. Whatever it does not understand, it passes over (LINE-1, LINE-2).
 func (c *child) line(line []byte, truncated bool) {
 	if truncated {
-		if c.limit.allow(time.Now()) {
-			c.log.Warn("child wrote a line that is too long; it was passed over", "begins", string(stdio.Mask(line[:min(len(line), 64)])))
-		}
+		c.say(slog.LevelWarn, "child wrote a line that is too long; it was passed over", "begins", string(stdio.Mask(line[:min(len(line), 64)])))
 		return
 	}
 	message, err := stdio.Parse(line)
 	if err != nil {
-		if c.limit.allow(time.Now()) {
-			c.log.Debug("child wrote a line that is not a control line", "err", err)
-		}
+		c.say(slog.LevelDebug, "child wrote a line that is not a control line", "err", err)
 		c.badAnnouncement(err)
 		return
 	}
 	switch m := message.(type) {
 	case stdio.Log:
-		if c.limit.allow(time.Now()) {
-			c.env.Logger().Log(context.Background(), m.Level, m.Message)
-		}
+		c.say(m.Level, m.Message)
 	case stdio.Status:
-		if c.limit.allow(time.Now()) {
+		if c.statuses.allow(time.Now()) {
 			attrs := make([]slog.Attr, 0, len(m.Attrs)+1)
 			if m.Transport != "" {
 				attrs = append(attrs, slog.String("transport", m.Transport))
@@ -358,6 +397,9 @@ func (c *child) ask(ctx context.Context, client string) ([]byte, error) {
 	if err := c.proc.WriteLine(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
 		return nil, err
 	}
+	if c.trace != nil {
+		c.trace(false, bytes.TrimSuffix(line, []byte("\n")))
+	}
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
 	select {
@@ -379,6 +421,15 @@ func (c *child) answer(m stdio.StatsReply) {
 	}
 }
 
+// say logs what the child has said, unless it says too much. What nobody wants to
+// read does not count.
+func (c *child) say(level slog.Level, message string, args ...any) {
+	ctx := context.Background()
+	if c.log.Enabled(ctx, level) && c.lines.allow(time.Now()) {
+		c.log.Log(ctx, level, message, args...)
+	}
+}
+
 // lineLimit keeps a child that floods its outputs from flooding the log.
 type lineLimit struct {
 	mu     sync.Mutex
@@ -394,4 +445,15 @@ func (l *lineLimit) allow(now time.Time) bool {
 	}
 	l.lines++
 	return l.lines <= maxLogLines
+}
+
+// describe names connection factories in an error.
+func describe(methods map[string]method) string {
+	names := slices.Sorted(maps.Keys(methods))
+	for i, name := range names {
+		if methods[name].bound {
+			names[i] += " (bound)"
+		}
+	}
+	return strings.Join(names, ", ")
 }

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,6 +31,8 @@ import (
 // [ptipc.TransportFactory]. A Command must not be changed once it is in use; it
 // may be opened several times.
 type Command struct {
+	// Name is what errors call the transport. "" is the last part of Path.
+	Name string
 	// Path is the executable: a path, or a name to be looked for in PATH.
 	Path string
 	// Args are the executable's own arguments, before the role.
@@ -64,7 +67,8 @@ type Command struct {
 	Restart Restart
 
 	// Events, if set, is told what happens to the child, one event after the other.
-	// It should not take long: the supervision waits for it.
+	// The supervision waits for it: it should not take long, and must not dial
+	// through the transport, or Close it or Wait for it.
 	Events func(Event)
 	// Trace, if set, is given every control line of both directions with secrets
 	// masked. It may be called from several goroutines.
@@ -107,9 +111,9 @@ func (r Restart) withDefaults() Restart {
 // doubles, and jitter of a half either way keeps children that died together from
 // coming back together (LIFE-6).
 func (r Restart) backoff(failures int) time.Duration {
-	wait := r.Max
-	if shift := failures - 1; shift < 30 && r.Min<<shift < r.Max {
-		wait = r.Min << shift
+	wait := min(r.Min, r.Max)
+	for ; failures > 1 && wait < r.Max; failures-- {
+		wait = min(2*wait, r.Max)
 	}
 	return wait/2 + rand.N(wait) //nolint:gosec // jitter needs no secret
 }
@@ -121,13 +125,22 @@ func final(err error) bool {
 	return errors.As(err, &code) && code.Final() || errors.As(err, &config) || errors.Is(err, errAnnounced)
 }
 
+func (c *Command) name() string {
+	if c.Name != "" {
+		return c.Name
+	}
+	return filepath.Base(c.Path)
+}
+
 func (c *Command) check(env ptipc.Env) error {
 	usage := func(problem string) error {
-		return fmt.Errorf("transport %s: %s: %w", c.Path, problem, ptipc.ExitUsage)
+		return fmt.Errorf("transport %s: %s: %w", c.name(), problem, ptipc.ExitUsage)
 	}
 	switch {
 	case c.Path == "":
 		return usage("Path is empty; name an executable")
+	case c.Restart.Min < 0, c.Restart.Max < 0, c.Restart.GiveUpAfter < 0:
+		return usage("a wait or a number of Restart is less than 0; 0 takes the default")
 	case c.Proxy == "" && env.DialOut == nil:
 		return nil
 	case c.Proxy != "" && env.DialOut != nil:
@@ -152,12 +165,12 @@ func (c *Command) Open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) 
 	}
 	s, err := newSupervisor(c, config, env)
 	if err != nil {
-		return nil, fmt.Errorf("transport %s: %w", c.Path, err)
+		return nil, fmt.Errorf("transport %s: %w", c.name(), err)
 	}
-	first, err := s.start(ctx)
+	first, err := s.start(ctx, nil)
 	if err != nil {
 		s.release()
-		return nil, fmt.Errorf("transport %s: %w", c.Path, err)
+		return nil, fmt.Errorf("transport %s: %w", c.name(), err)
 	}
 	s.publish(first)
 	go s.supervise(first)

@@ -3,7 +3,9 @@ package host
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -41,57 +43,65 @@ type supervisor struct {
 	err     error // why it ended; nil after Close
 }
 
-func newSupervisor(c *Command, config ptipc.Opaque, env ptipc.Env) (s *supervisor, err error) {
+func newSupervisor(c *Command, config ptipc.Opaque, env ptipc.Env) (*supervisor, error) {
 	var object map[string]json.RawMessage
 	if err := config.Decode(&object); err != nil { // ARG-3
 		return nil, err
 	}
-	s = &supervisor{
+	s := &supervisor{
 		command: c, config: config, env: env, log: env.Logger(), proxy: c.Proxy,
 		changed: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
-	defer func() {
-		if err != nil {
-			s.release()
-		}
-	}()
-	if err := s.openState(); err != nil {
-		return nil, err
+	err := s.openState()
+	if err == nil && env.DialOut != nil {
+		err = s.serveProxy()
 	}
-	if env.DialOut != nil {
-		if err := s.serveProxy(); err != nil {
-			return nil, err
-		}
+	if err != nil {
+		s.release()
+		return nil, err
 	}
 	return s, nil
 }
 
 // openState makes the state directory and keeps others out of it (LIFE-8).
 func (s *supervisor) openState() error {
-	s.path = s.env.Local
-	if s.path == "" {
-		path, err := os.MkdirTemp("", "ptipc-")
+	path := s.env.Local
+	if path == "" {
+		temp, err := os.MkdirTemp("", "ptipc-")
 		if err != nil {
 			return err
 		}
-		s.path, s.temp = path, true
-	} else if err := os.MkdirAll(s.path, 0o700); err != nil {
+		path, s.temp = temp, true
+	} else if err := os.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
-	var owner []uint32
-	if cred := s.command.Credential; cred != nil {
-		owner = []uint32{cred.UID}
+	dir, err := localnet.OpenDir(path)
+	cred := s.command.Credential
+	if cred != nil && errors.Is(err, fs.ErrPermission) {
+		// An earlier run has given it away already.
+		if given, e := localnet.OpenDir(path, cred.UID); e == nil {
+			dir, err = given, nil
+		}
+	}
+	if err != nil {
+		if s.temp {
+			err = errors.Join(err, os.Remove(path))
+		}
+		return err
+	}
+	s.dir, s.path = dir, dir.Path()
+	if err := dir.Lock(); err != nil {
+		return err
+	}
+	if cred != nil {
+		// Not before it is known to be private and ours alone: chown changes whatever
+		// it is pointed at.
 		if err := os.Chown(s.path, int(cred.UID), int(cred.GID)); err != nil {
 			return fmt.Errorf("giving the state directory to user %d: %w", cred.UID, err)
 		}
 	}
-	dir, err := localnet.OpenDir(s.path, owner...)
-	if err != nil {
-		return err
-	}
-	s.dir = dir
-	return dir.Lock()
+	return nil
 }
 
 // serveProxy makes the host the child's upstream proxy, so that the child's wire
@@ -150,19 +160,36 @@ func (s *supervisor) event(e Event) {
 	}
 }
 
-// start starts a child and tells of it.
-func (s *supervisor) start(ctx context.Context) (*child, error) {
+// start starts a child and tells of it. methods are what it has to announce, nil
+// for the first one.
+func (s *supervisor) start(ctx context.Context, methods map[string]method) (*child, error) {
 	c, err := s.startChild(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if methods != nil && !c.sameAs(methods) {
+		s.abandon(c)
+		return nil, fmt.Errorf("%w: after a restart it announces %s, and before it was %s (LIFE-7)",
+			errAnnounced, describe(c.methods), describe(methods))
 	}
 	s.event(Event{Kind: Ready, Pid: c.proc.Pid()})
 	return c, nil
 }
 
+// abandonWait is how long a child that was never used may take to end: it has
+// nothing to finish, and whoever waits for its start wants to go on.
+const abandonWait = 2 * time.Second
+
+// abandon stops a child whose start has failed.
+func (s *supervisor) abandon(c *child) {
+	ctx, cancel := context.WithTimeout(context.Background(), abandonWait)
+	defer cancel()
+	s.reap(ctx, c)
+}
+
 // reap stops a child for good, whatever it does (LIFE-4).
-func (s *supervisor) reap(c *child) {
-	if err := c.proc.Stop(context.Background()); err != nil {
+func (s *supervisor) reap(ctx context.Context, c *child) {
+	if err := c.proc.Stop(ctx); err != nil {
 		s.log.Error("the child cannot be stopped", "err", err)
 		return
 	}
@@ -200,13 +227,16 @@ func (s *supervisor) watch(c *child) error {
 		since := time.Now()
 		select {
 		case <-s.stopping.Done():
-			s.reap(c)
+			s.reap(context.Background(), c)
 			return nil
 		case <-c.proc.Done():
 		}
 		s.publish(nil)
 		err := c.proc.Err()
 		s.event(Event{Kind: Exited, Pid: c.proc.Pid(), Err: err})
+		if s.stopping.Err() != nil {
+			return nil // it ended while Close was called
+		}
 		if time.Since(since) > restart.Max {
 			failures = 0
 		}
@@ -222,18 +252,11 @@ func (s *supervisor) watch(c *child) error {
 				return nil
 			case <-time.After(delay):
 			}
-			if c, err = s.start(s.stopping); err == nil && !c.sameAs(methods) {
-				s.reap(c)
-				err = fmt.Errorf("%w: a restarted child announces other connection factories than before (LIFE-7)", errAnnounced)
+			if c, err = s.start(s.stopping, methods); err == nil {
+				break // Close is seen above
 			}
 			if s.stopping.Err() != nil {
-				if err == nil {
-					s.reap(c)
-				}
 				return nil
-			}
-			if err == nil {
-				break
 			}
 			s.log.Warn("the child did not come back", "err", err)
 		}
@@ -244,11 +267,11 @@ func (s *supervisor) watch(c *child) error {
 func (s *supervisor) giveUp(err error, failures int) error {
 	switch {
 	case s.command.Restart.Never:
-		err = fmt.Errorf("transport %s ended: %w", s.command.Path, err)
+		err = fmt.Errorf("transport %s ended: %w", s.command.name(), err)
 	case final(err):
-		err = fmt.Errorf("transport %s ended for good: %w", s.command.Path, err)
+		err = fmt.Errorf("transport %s ended for good: %w", s.command.name(), err)
 	default:
-		err = fmt.Errorf("transport %s failed %d times in a row: %w", s.command.Path, failures, err)
+		err = fmt.Errorf("transport %s failed %d times in a row: %w", s.command.name(), failures, err)
 	}
 	s.event(Event{Kind: GaveUp, Err: err})
 	return err
@@ -269,7 +292,7 @@ func (s *supervisor) transport(methods map[string]method) *ptipc.Transport {
 		t.Connections[name] = s.meter.Factory(m.bound, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
 			conn, err := s.dial(ctx, name, settings, dest)
 			if err != nil {
-				return nil, fmt.Errorf("transport %s: %s: %w", s.command.Path, name, err)
+				return nil, fmt.Errorf("transport %s: %s: %w", s.command.name(), name, err)
 			}
 			return conn, nil
 		})
@@ -299,7 +322,7 @@ func (s *supervisor) child(ctx context.Context) (*child, error) {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("the child is being restarted: %w", ctx.Err())
+			return nil, fmt.Errorf("the child is being restarted: %w", context.Cause(ctx))
 		}
 	}
 }
@@ -318,17 +341,34 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		raw, err := connect(ctx, c.dir, m.addr)
 		if err != nil {
-			if ctx.Err() == nil && c.gone(ctx) {
+			if ctx.Err() == nil && c.gone(ctx, deathWait) {
 				continue
 			}
-			return nil, fmt.Errorf("the child does not take connections: %w", ptipc.WithClass(ptipc.ErrGeneral, err))
+			return nil, fmt.Errorf("the child does not take connections: %w", unreached(ctx, err))
 		}
 		if err := socks.Connect(ctx, raw, settings, dest); err != nil {
 			_ = raw.Close()
 			return nil, err
 		}
-		return s.meter.Conn(raw, relay.Options{Ask: c.asker(m, raw)}), nil
+		conn := s.meter.Conn(raw, relay.Options{Ask: c.asker(m, raw)})
+		s.mu.Lock()
+		ended := s.ended
+		s.mu.Unlock()
+		if ended { // perhaps after what was open has been cut
+			_ = conn.Abort()
+			return nil, net.ErrClosed
+		}
+		return conn, nil
 	}
+}
+
+// unreached is the error of a connection to a child. It says nothing about the
+// wire, so a refusal is not that of ERR-1; the end of ctx is.
+func unreached(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	}
+	return ptipc.WithClass(ptipc.ErrGeneral, err)
 }
 
 // checkDest holds the application to SOCKS-11 and SOCKS-12 before anything is sent.
@@ -342,19 +382,6 @@ func checkDest(bound bool, dest string) error {
 	return nil
 }
 
-// gone waits a moment for the end of a child that has stopped listening.
-func (c *child) gone(ctx context.Context) bool {
-	timer := time.NewTimer(100 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-c.proc.Done():
-		return true
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-	return false
-}
-
 // asker asks the child for the statistics of one connection, where it can tell
 // which one is meant. Elsewhere the host's own counts serve (STAT-3).
 func (c *child) asker(m method, raw net.Conn) func() (ptipc.Stats, bool) {
@@ -364,10 +391,10 @@ func (c *child) asker(m method, raw net.Conn) func() (ptipc.Stats, bool) {
 	}
 	return func() (stats ptipc.Stats, ok bool) {
 		answer, err := c.ask(context.Background(), client)
-		if err != nil || string(answer) == "null" {
+		if err != nil || json.Unmarshal(answer, &stats) != nil {
 			return ptipc.Stats{}, false
 		}
-		return stats, json.Unmarshal(answer, &stats) == nil
+		return stats, !stats.Opened.IsZero() // it is after null, and after what STAT-1 does not know
 	}
 }
 

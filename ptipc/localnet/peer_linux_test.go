@@ -228,7 +228,9 @@ func TestPeerThatLeftIsNotRoot(t *testing.T) {
 func TestPeerAfterReset(t *testing.T) {
 	t.Parallel()
 	l := listenTCP(t, "127.0.0.1:0")
-	client, server := pair(t, l, func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
+	// From an address of its own, so that no other program takes the port meanwhile.
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 66, 0, 1)}}
+	client, server := pair(t, l, func() (net.Conn, error) { return dialer.Dial("tcp", l.Addr().String()) })
 	if err := client.(*net.TCPConn).SetLinger(0); err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +246,7 @@ func TestPeerAfterReset(t *testing.T) {
 	}
 	l2.Close()
 	// And here is a whole new connection with the same two addresses.
-	dialer := net.Dialer{LocalAddr: client.LocalAddr()}
+	dialer.LocalAddr = client.LocalAddr()
 	_, second := pair(t, l, func() (net.Conn, error) { return dialer.Dial("tcp", l.Addr().String()) })
 	if second.RemoteAddr().String() != server.RemoteAddr().String() {
 		t.Fatalf("the new connection comes from %s, not from %s", second.RemoteAddr(), server.RemoteAddr())

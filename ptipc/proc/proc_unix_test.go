@@ -575,6 +575,22 @@ func TestWatchdogIsKilled(t *testing.T) {
 	}
 }
 
+// SIGTERM is for the child: the watchdog, which is in the same group, stays.
+func TestWatchdogIsDeaf(t *testing.T) {
+	c := start(t, Spec{}, "/bin/sh", "-c", `trap 'echo heard' TERM; echo up; while :; do read x && exit 5; done`)
+	c.expect("up")
+	for range 50 {
+		if err := c.tree.terminate(); err != nil {
+			t.Fatal(err)
+		}
+		c.expect("heard")
+	}
+	c.write("go")
+	if e := c.exit(); e.Code != 5 {
+		t.Errorf("the process ended with %v", e)
+	}
+}
+
 // BenchmarkStart compares a start and a wait for the end with those of os/exec alone.
 func BenchmarkStart(b *testing.B) {
 	run := func(launcher []string) func(b *testing.B) {

@@ -24,6 +24,11 @@ const (
 	ccFile       = "/proc/sys/net/ipv4/tcp_congestion_control"
 )
 
+func init() {
+	roles["echo-blocking"] = serveEach(echoBlocking)
+	beforeBenchmarks = rerunInNamespace
+}
+
 // rerunInNamespace runs the binary again in a network namespace of its own, with
 // cubic or else reno in force, because bbr paces loopback. Where that is not allowed the
 // benchmarks run with what there is, and say so.

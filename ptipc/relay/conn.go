@@ -78,12 +78,16 @@ func (c *Conn) close(end func() error) error {
 	}
 	c.closed = true
 	cut := c.cut
+	c.cut = nil
 	c.mu.Unlock()
 
 	if cut != nil {
 		cut()
 	}
 	err := end()
+	if cut != nil {
+		err = nil // Join closed the conn underneath when it took the socket
+	}
 	c.meter.remove(c)
 	if c.opts.OnClose != nil {
 		c.opts.OnClose()

@@ -45,14 +45,11 @@ type pipe struct{ r, w int }
 var chunks = sync.Pool{New: func() any { return new([chunk]byte) }}
 
 var (
-	loops    = make([]loop, max(1, runtime.NumCPU()))
+	// A loop that sleeps keeps its processor of the Go scheduler for up to 10 ms.
+	// Half of them are left to goroutines.
+	loops    = make([]loop, max(1, runtime.GOMAXPROCS(0)/2))
 	nextLoop atomic.Uint32
 )
-
-func pickLoop() *loop {
-	n := min(len(loops), numLoops())
-	return &loops[int(nextLoop.Add(1))%n]
-}
 
 // add puts p into the loop, which it starts if it is the first. false means that
 // the system is short of something.
@@ -422,7 +419,8 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 	}
 }
 
-// finish closes the sockets of a pair, and the loop if it was the last.
+// finish lets go of a pair, and stops the loop if it was the last. Its Join closes
+// the sockets: closing one may block, if somebody has asked it to linger.
 func (l *loop) finish(p *pair) (last bool) {
 	for i := range p.flows {
 		f := &p.flows[i]
@@ -436,13 +434,6 @@ func (l *loop) finish(p *pair) (last bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.pairs, p.id)
-	for i := range p.legs {
-		g := &p.legs[i]
-		if p.failed != nil && g.tcp {
-			_ = unix.SetsockoptLinger(g.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-		}
-		unix.Close(g.fd)
-	}
 	last = len(l.pairs) == 0
 	if last {
 		l.close()

@@ -10,54 +10,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// joinSockets relays between two sockets on an engine loop. done is false if
-// the conns are not both sockets, or if descriptors are short: copying still works.
+// joinSockets relays between two sockets on a loop. done is false if the conns
+// are not both sockets, or if descriptors are short: copying still works then.
 func joinSockets(ctx context.Context, a, b net.Conn) (err error, done bool) {
 	socketA, socketB := socketOf(a), socketOf(b)
 	if socketA == nil || socketB == nil {
 		return nil, false
 	}
 	p := &pair{done: make(chan struct{})}
+	l := &loops[nextLoop.Add(1)%uint32(len(loops))]
 	if !p.legs[0].take(a, socketA) {
 		return nil, false
 	}
+	defer p.legs[0].close(p)
 	if !p.legs[1].take(b, socketB) {
-		unix.Close(p.legs[0].fd)
 		return nil, false
 	}
-	l := pickLoop()
+	defer p.legs[1].close(p)
 	if !l.add(p) {
-		unix.Close(p.legs[0].fd)
-		unix.Close(p.legs[1].fd)
 		return nil, false
 	}
-	// From here on the loop has the sockets. Without this, the poller of the Go
-	// runtime would wake a thread for each of their events as well.
+
+	// From here on the loop has the sockets. Left open, these would have the
+	// runtime's poller wake a thread for each event as well.
 	_, _ = socketA.Close(), socketB.Close()
-	closed := fmt.Errorf("relay: %w", net.ErrClosed)
-	for i := range p.legs {
-		for _, c := range p.legs[i].layers {
-			if !c.handOver(func() { l.cut(p, closed) }) {
-				l.cut(p, closed)
-			}
-		}
-	}
+	p.handOver(func() {
+		l.cut(p, fmt.Errorf("relay: %w", net.ErrClosed))
+	})
 	select {
 	case <-p.done:
 	case <-ctx.Done():
 		l.cut(p, cutBy(ctx))
 		<-p.done
 	}
-	return p.result(), true
-}
-
-// handOver sets what ends the relay of a connection that is closed meanwhile.
-// It reports false if it is closed already.
-func (c *Conn) handOver(cut func()) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cut = cut
-	return !c.closed
+	if p.failed != nil {
+		return p.failed, true
+	}
+	return errors.Join(p.flows[0].err, p.flows[1].err), true
 }
 
 // A pair is two sockets that are joined. Only its loop touches it until done is
@@ -73,11 +62,22 @@ type pair struct {
 	done   chan struct{}
 }
 
-func (p *pair) result() error {
-	if p.failed != nil {
-		return p.failed
+// handOver makes closing a Conn end the relay that has taken its socket over.
+func (p *pair) handOver(cut func()) {
+	for i := range p.legs {
+		for _, c := range p.legs[i].layers {
+			c.mu.Lock()
+			c.cut = func() {
+				cut()
+				<-p.done // the counts are final then
+			}
+			closed := c.closed
+			c.mu.Unlock()
+			if closed {
+				cut()
+			}
+		}
 	}
-	return errors.Join(p.flows[0].err, p.flows[1].err)
 }
 
 // A leg is one socket of a pair.
@@ -104,6 +104,13 @@ func (g *leg) take(c, socket net.Conn) bool {
 		g.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
 	})
 	return err == nil && dupErr == nil
+}
+
+func (g *leg) close(p *pair) {
+	if p.failed != nil && g.tcp {
+		_ = unix.SetsockoptLinger(g.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	}
+	unix.Close(g.fd)
 }
 
 func (g *leg) received(n int) {

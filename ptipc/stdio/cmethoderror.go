@@ -37,6 +37,9 @@ func (m CMethodError) Error() string {
 	if text == "" {
 		text = m.Class.Error()
 	}
+	if m.Name == WholeTransport {
+		return text
+	}
 	return m.Name + ": " + text
 }
 
@@ -63,7 +66,7 @@ func (m CMethodError) appendTo(dst []byte) ([]byte, error) {
 		return nil, err
 	}
 	if !m.Class.Known() {
-		return nil, fmt.Errorf("the class %d is none of ERR-1; use ptipc.ClassOf", m.Class)
+		return nil, fmt.Errorf("the class %d is none of ERR-1; use ptipc.ClassOf", uint8(m.Class))
 	}
 	if m.Message == "" && m.Config == nil {
 		return nil, errors.New("the message is empty (LINE-8)")

@@ -30,7 +30,7 @@
 //		}
 //		switch m := message.(type) {
 //		case stdio.CMethod:
-//			network, address, err := stdio.ParseAddr(m.Addr)
+//			addr, err := localnet.ParseAddr(m.Addr)
 //			...
 //		case stdio.CMethodError:
 //			return m

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"pthost/ptipc/localnet"
 )
 
 // MaxLine is the most bytes that a control line has, its LF included (LINE-1).
@@ -44,7 +46,7 @@ type EnvError struct{ Text string }
 
 // CMethod is the line CMETHOD: it announces one connection factory (LINE-4). A
 // parsed one holds the child's words as they came: the reader decides about a
-// protocol that it does not speak, and passes Addr to [ParseAddr].
+// protocol that it does not speak, and passes Addr to [localnet.ParseAddr].
 type CMethod struct {
 	Name     string // of the connection factory; see ValidName
 	Protocol string // ProtocolSOCKS5
@@ -218,8 +220,8 @@ func (m CMethod) appendTo(dst []byte) ([]byte, error) {
 	if m.Protocol != ProtocolSOCKS5 {
 		return nil, fmt.Errorf("the protocol is %q; LINE-4 has only %s", m.Protocol, ProtocolSOCKS5)
 	}
-	if _, _, err := ParseAddr(m.Addr); err != nil {
-		return nil, err
+	if _, err := localnet.ParseAddr(m.Addr); err != nil {
+		return nil, fmt.Errorf("%w (LINE-5)", err)
 	}
 	dst = fmt.Appendf(dst, "CMETHOD %s %s %s", m.Name, m.Protocol, m.Addr)
 	return m.Args.appendTo(dst)

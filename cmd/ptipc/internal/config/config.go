@@ -73,10 +73,13 @@ type Front struct {
 // A Duration is written as 500ms, 10s or 2m.
 type Duration time.Duration
 
+// durationForm is the part of Go's notation that the schema describes.
+var durationForm = regexp.MustCompile(`^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`)
+
 // UnmarshalText reads Go's notation of durations; they have to be positive.
 func (d *Duration) UnmarshalText(text []byte) error {
 	v, err := time.ParseDuration(string(text))
-	if err != nil || v <= 0 {
+	if err != nil || v <= 0 || !durationForm.Match(text) {
 		return errors.New("is not a duration: write a number and a unit, such as 500ms, 10s or 2m")
 	}
 	*d = Duration(v)
@@ -241,13 +244,16 @@ func (f *Front) validateListen() error {
 		if err != nil {
 			return bad
 		}
+		if addr.Addr().Is4In6() || addr.Addr().Zone() != "" || addr.String() != rest {
+			return bad
+		}
 		if !addr.Addr().IsLoopback() {
 			bad.Problem, bad.Remedy = "can be reached from other machines", "listen on 127.0.0.1 or [::1]"
 			return bad
 		}
 		return nil
 	case "unix":
-		if rest == "" || strings.HasSuffix(rest, "/") {
+		if rest == "" || strings.HasSuffix(rest, "/") || strings.ContainsAny(rest, "\x00\n\r") {
 			return bad
 		}
 		return nil

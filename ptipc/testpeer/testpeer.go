@@ -55,3 +55,15 @@ func Skip(t testing.TB, reason string) {
 	}
 	t.Skip(reason)
 }
+
+// NeedPython returns a Python 3 that can import the module of a Debian package.
+func NeedPython(t testing.TB, module, pkg string) string {
+	t.Helper()
+	for _, python := range []string{"python3", "/usr/bin/python3"} {
+		if path, err := exec.LookPath(python); err == nil && exec.CommandContext(t.Context(), path, "-c", "import "+module).Run() == nil {
+			return path
+		}
+	}
+	Skip(t, "no python3 here imports "+module+"; on Debian: apt-get install "+pkg)
+	return ""
+}

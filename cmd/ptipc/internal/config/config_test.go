@@ -1,0 +1,196 @@
+package config
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
+
+	"pthost/ptipc"
+	"pthost/spec"
+)
+
+func schema(t *testing.T) *jsonschema.Schema {
+	t.Helper()
+	document, err := jsonschema.UnmarshalJSON(bytes.NewReader(spec.HostSchema))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compiler := jsonschema.NewCompiler()
+	if err := compiler.AddResource("host.schema.json", document); err != nil {
+		t.Fatal(err)
+	}
+	s, err := compiler.Compile("host.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func base(change string) string {
+	return `{"transports":{"a":{"exec":"builtin:direct"` + change + `}}}`
+}
+
+func front(change string) string {
+	return `{"transports":{"a":{"exec":"x"}},"fronts":[{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"` + change + `}]}`
+}
+
+// Each fault is found at its place. What the schema can say it says as well;
+// what one key says of another it cannot, and JSON's duplicate keys it never sees.
+func TestFaults(t *testing.T) {
+	s := schema(t)
+	tests := []struct {
+		name, doc, pointer, contains string
+		schemaToo                    bool
+	}{
+		{"no transports", `{}`, "/transports", "missing", true},
+		{"empty transports", `{"transports":{}}`, "/transports", "names no transport", true},
+		{"unknown key", `{"transports":{},"front":[]}`, "/front", "fronts, transports", true},
+		{"name", `{"transports":{"a b":{"exec":"x"}}}`, "/transports", "not a transport's name", true},
+		{"neither", `{"transports":{"a":{}}}`, "/transports/a/exec", "either", true},
+		{"both", base(`,"attach":{"x":"127.0.0.1:1"}`), "/transports/a/exec", "either", true},
+		{"role", base(`,"role":"peer"`), "/transports/a/role", "client", true},
+		{"config", base(`,"config":[]`), "/transports/a/config", "not an object", true},
+		{"duplicate in config", base(`,"config":{"a":1,"a":2}`), "/transports/a/config/a", "twice", false},
+		{"via", base(`,"config_via":"env"`), "/transports/a/config_via", "stdin or argv", true},
+		{"plain and stdin", base(`,"plain":true,"config_via":"stdin"`), "/transports/a/config_via", "plain", false},
+		{"plain and proxy", base(`,"plain":true,"proxy":"socks5://127.0.0.1:1"`), "/transports/a/proxy", "plain", false},
+		{"proxy", base(`,"proxy":"http://user:hunter2@127.0.0.1:1"`), "/transports/a/proxy", "socks5://", true},
+		{"restart", base(`,"restart":{"policy":"sometimes"}`), "/transports/a/restart/policy", "always or never", true},
+		{"restart times", base(`,"restart":{"min":"2s","max":"1s"}`), "/transports/a/restart/min", "longer", false},
+		{"restart count", base(`,"restart":{"give_up_after":-1}`), "/transports/a/restart/give_up_after", "negative", true},
+		{"duration", base(`,"start_timeout":"10"`), "/transports/a/start_timeout", "500ms", true},
+		{"duration zero", base(`,"start_timeout":"0s"`), "/transports/a/start_timeout", "500ms", false},
+		{"duration type", base(`,"start_timeout":10`), "/transports/a/start_timeout", "string", true},
+		{"same state", `{"transports":{"a":{"exec":"x","state":"s"},"b":{"exec":"y","state":"s"}}}`, "/transports/b/state", "of a as well", false},
+		{"front listen", front(`,"listen":"x"`), "/fronts/0/listen", "twice", true},
+		{"listen scheme", strings.Replace(front(""), "tcp://127.0.0.1:1", "udp://127.0.0.1:1", 1), "/fronts/0/listen", "tcp://127.0.0.1:PORT", true},
+		{"listen public", strings.Replace(front(""), "127.0.0.1:1", "0.0.0.0:1", 1), "/fronts/0/listen", "other machines", true},
+		{"listen name", strings.Replace(front(""), "127.0.0.1:1", "localhost:1", 1), "/fronts/0/listen", "tcp://", true},
+		{"listen unix", strings.Replace(front(""), "tcp://127.0.0.1:1", "unix://", 1), "/fronts/0/listen", "unix:///PATH", true},
+		{"serve", strings.Replace(front(""), "socks5", "http", 1), "/fronts/0/serve", "socks5 or forward", true},
+		{"serve empty", strings.Replace(front(""), "socks5", "", 1), "/fronts/0/serve", "socks5 or forward", true},
+		{"transport", strings.Replace(front(""), `"transport":"a"`, `"transport":"b"`, 1), "/fronts/0/transport", "name a key", false},
+		{"dest of socks5", front(`,"dest":"a:1"`), "/fronts/0/dest", "forward", false},
+		{"dest", strings.Replace(front(`,"dest":"a"`), "socks5", "forward", 1), "/fronts/0/dest", "HOST:PORT", false},
+		{"listen twice", `{"transports":{"a":{"exec":"x"}},"fronts":[` + strings.Repeat(`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"},`, 1) +
+			`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"}]}`, "/fronts/1/listen", "taken", false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := Parse([]byte(tt.doc))
+			var fault *ptipc.ConfigError
+			if !errors.As(err, &fault) {
+				t.Fatalf("got %v, want a *ptipc.ConfigError", err)
+			}
+			if fault.Pointer != tt.pointer || !strings.Contains(err.Error(), tt.contains) {
+				t.Errorf("got %v", err)
+			}
+			if strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("the password stands in %q", err)
+			}
+			var document any
+			if err := json.Unmarshal([]byte(tt.doc), &document); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Validate(document); (err != nil) != tt.schemaToo {
+				t.Errorf("the schema says %v", err)
+			}
+		})
+	}
+}
+
+const full = `{
+  "transports": {
+    "a": {"exec": "./pt", "args": ["-v"], "role": "client", "config": {"k": 1}, "state": "st", "config_via": "argv",
+      "bound": {"x": true}, "proxy": "socks5://u:p@127.0.0.1:9", "user": "nobody",
+      "restart": {"policy": "never", "min": "1s", "max": "2m30s", "give_up_after": 3},
+      "start_timeout": "500ms", "stop_timeout": "1.5s"},
+    "b": {"attach": {"x": "127.0.0.1:4000"}},
+    "c": {"exec": "pt-in-path", "plain": true}
+  },
+  "fronts": [
+    {"listen": "tcp://[::1]:1080", "serve": "socks5", "transport": "a", "connection": "x", "settings": {"s": true}},
+    {"listen": "unix://run/x.sock", "serve": "forward", "transport": "b", "dest": "example.com:22"}
+  ]
+}`
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "host.json")
+	if err := os.WriteFile(path, []byte(full), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := file.Transports["a"]; a.Exec != filepath.Join(dir, "pt") || a.State != filepath.Join(dir, "st") || string(a.Config) != `{"k": 1}` {
+		t.Errorf("%+v", a)
+	}
+	if c := file.Transports["c"]; c.Exec != "pt-in-path" {
+		t.Errorf("%+v", c)
+	}
+	if got, want := file.Fronts[1].Listen, "unix://"+filepath.Join(dir, "run/x.sock"); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	var document any
+	if err := json.Unmarshal([]byte(full), &document); err != nil {
+		t.Fatal(err)
+	}
+	if err := schema(t).Validate(document); err != nil {
+		t.Error(err)
+	}
+
+	if _, err := Load(filepath.Join(dir, "none.json")); ptipc.ExitCodeOf(err) != ptipc.ExitNoInput {
+		t.Errorf("a missing file: %v", err)
+	}
+	if err := os.WriteFile(path, []byte(`{"transports":7}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(path); ptipc.ExitCodeOf(err) != ptipc.ExitConfig || !strings.HasPrefix(err.Error(), path+": /transports = 7") {
+		t.Errorf("a fault: %v", err)
+	}
+	if err := os.Truncate(path, maxSize+1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(path); ptipc.ExitCodeOf(err) != ptipc.ExitDataErr {
+		t.Errorf("a huge file: %v", err)
+	}
+}
+
+// What is taken obeys the schema.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(full))
+	f.Add([]byte(base("")))
+	f.Add([]byte(front(`,"dest":"a:1"`)))
+	document, err := jsonschema.UnmarshalJSON(bytes.NewReader(spec.HostSchema))
+	if err != nil {
+		f.Fatal(err)
+	}
+	compiler := jsonschema.NewCompiler()
+	if err := compiler.AddResource("host.schema.json", document); err != nil {
+		f.Fatal(err)
+	}
+	s, err := compiler.Compile("host.schema.json")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if _, err := Parse(text); err != nil {
+			return
+		}
+		document, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Validate(document); err != nil {
+			t.Fatalf("taken, against the schema: %v", err)
+		}
+	})
+}

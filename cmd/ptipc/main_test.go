@@ -1,0 +1,269 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// asTool makes the test binary the tool, for itself and for the children that it
+// starts by executing itself again.
+const asTool = "PTIPC_TEST_AS_TOOL"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asTool) != "" {
+		main()
+		return
+	}
+	testscript.Main(m, map[string]func(){"ptipc": main})
+}
+
+// The tool as people use it, in testdata/script. "exits N COMMAND…" demands an exit
+// code; $ECHO is a server that answers with what it was sent, once it has ended.
+func TestScripts(t *testing.T) {
+	echo := serve(t, func(conn *net.TCPConn) {
+		all, _ := io.ReadAll(conn)
+		_, _ = fmt.Fprintf(conn, "you said %q", all)
+	})
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("ECHO", echo)
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
+				if neg || len(args) < 2 {
+					ts.Fatalf("usage: exits CODE COMMAND [ARG…]")
+				}
+				err := ts.Exec(args[1], args[2:]...)
+				code := 0
+				if exit, ok := err.(*exec.ExitError); ok { //nolint:errorlint // testscript hands it over as it is
+					code = exit.ExitCode()
+				} else if err != nil {
+					ts.Fatalf("%v", err)
+				}
+				if strconv.Itoa(code) != args[0] {
+					ts.Fatalf("exit code %d, want %s", code, args[0])
+				}
+			},
+		},
+	})
+}
+
+// serve runs a TCP server on the loopback until the test ends.
+func serve(t *testing.T, handle func(conn *net.TCPConn)) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var open sync.WaitGroup
+	open.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			open.Go(func() {
+				defer conn.Close()
+				handle(conn.(*net.TCPConn))
+			})
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		open.Wait()
+	})
+	return l.Addr().String()
+}
+
+// tool is a running ptipc run.
+type tool struct {
+	cmd   *exec.Cmd
+	front string // the address of its first front
+	out   *lockedBuffer
+	ended chan error
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func toolCommand(ctx context.Context, t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(ctx, self, args...)
+	cmd.Env = append(os.Environ(), asTool+"=1")
+	return cmd
+}
+
+// startTool runs ptipc run until it says that it is up.
+func startTool(t *testing.T, args ...string) *tool {
+	t.Helper()
+	r := &tool{cmd: toolCommand(context.Background(), t, append([]string{"run"}, args...)...), out: new(lockedBuffer), ended: make(chan error, 1)}
+	stdout, err := r.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.cmd.Stderr = r.out
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	up := make(chan struct{})
+	go func() {
+		address := regexp.MustCompile(`^front .* on (\S+), through`)
+		for lines := bufio.NewScanner(stdout); lines.Scan(); {
+			line := lines.Text()
+			fmt.Fprintln(r.out, line)
+			if m := address.FindStringSubmatch(line); m != nil && r.front == "" {
+				r.front = m[1]
+			}
+			if strings.HasPrefix(line, "press Ctrl-C") {
+				close(up)
+			}
+		}
+		r.ended <- r.cmd.Wait()
+	}()
+	t.Cleanup(func() { r.stop(t) })
+	select {
+	case <-up:
+	case err := <-r.ended:
+		r.ended <- err
+		t.Fatalf("ptipc run has ended: %v\n%s", err, r.out)
+	case <-time.After(30 * time.Second):
+		t.Fatalf("ptipc run is not up after 30 s\n%s", r.out)
+	}
+	return r
+}
+
+// stop ends the tool as Ctrl-C does and reports how it ended.
+func (r *tool) stop(t *testing.T) error {
+	t.Helper()
+	_ = r.cmd.Process.Signal(os.Interrupt) // it may have ended already
+	select {
+	case err := <-r.ended:
+		r.ended <- err
+		return err
+	case <-time.After(30 * time.Second):
+		_ = r.cmd.Process.Kill()
+		t.Fatalf("ptipc run does not end\n%s", r.out)
+		return nil
+	}
+}
+
+func writeConfig(t *testing.T, document any) string {
+	t.Helper()
+	text, err := json.Marshal(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "host.json")
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// descendants lists the living processes that carry mark in their environment.
+func descendants(t *testing.T, mark string) []string {
+	t.Helper()
+	environs, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for _, path := range environs {
+		environ, err := os.ReadFile(path)
+		if err != nil || !bytes.Contains(environ, []byte(mark)) {
+			continue // gone meanwhile, or another user's
+		}
+		found = append(found, filepath.Dir(path))
+	}
+	return found
+}
+
+// Ctrl-C, and a kill that the tool never hears of, leave no process behind (LIFE-5).
+func TestNothingIsLeftBehind(t *testing.T) {
+	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
+		t.Run(signal.String(), func(t *testing.T) {
+			mark := fmt.Sprintf("PTIPC_TEST_MARK=%d-%d", os.Getpid(), time.Now().UnixNano())
+			name, value, _ := strings.Cut(mark, "=")
+			t.Setenv(name, value)
+			// Every process of the family holds the write end; its end says that all are gone.
+			family, held, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer family.Close()
+			r := toolCommand(t.Context(), t, "run", "--listen", "127.0.0.1:0")
+			r.ExtraFiles = []*os.File{held}
+			out, err := r.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Start(); err != nil {
+				t.Fatal(err)
+			}
+			_ = held.Close()
+			lines := bufio.NewReader(out)
+			for {
+				line, err := lines.ReadString('\n')
+				if err != nil {
+					t.Fatal(err)
+				}
+				if strings.HasPrefix(line, "press") {
+					break
+				}
+			}
+			if n := len(descendants(t, mark)); n < 3 {
+				t.Fatalf("%d processes run; the tool, its launcher and a child were expected", n)
+			}
+			if err := r.Process.Signal(signal); err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, lines)
+			err = r.Wait()
+			if signal != syscall.SIGKILL && err != nil {
+				t.Errorf("the tool ended with %v", err)
+			}
+			for deadline := time.Now().Add(20 * time.Second); len(descendants(t, mark)) > 0; {
+				if time.Now().After(deadline) {
+					t.Fatalf("left behind: %v", descendants(t, mark))
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,385 @@
+package conformance
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"pthost/ptipc/localnet"
+	"pthost/ptipc/proc"
+)
+
+// maxKept bounds the lines of a child that are kept, of each output.
+const maxKept = 4096
+
+// A launch says how a child is started, where it differs from the usual.
+type launch struct {
+	args   []string       // in place of [ROLE] CONFIG [HOST]
+	config string         // in place of the subject's
+	host   map[string]any // keys added to HOST
+	first  []byte         // a line for standard input
+	files  int            // how many descriptors the child may have
+	onDone func(*child)   // called as soon as CMETHODS DONE has come
+}
+
+// outLine is a line of standard output without its LF.
+type outLine struct {
+	text string
+	cut  bool // longer than LINE-1 allows, or without an LF
+}
+
+// method is a CMETHOD line, read with tolerance: LINE-4 to LINE-6 have cases of their own.
+type method struct{ name, protocol, addr, args string }
+
+func (m method) bound() bool { return strings.Contains(","+m.args+",", ",bound=1,") }
+func (m method) stats() bool { return strings.Contains(","+m.args+",", ",stats=1,") }
+
+var cmethod = regexp.MustCompile(`^CMETHOD (\S+) (\S+) (\S+)(?: ARGS:(.*))?$`)
+
+// A child is a process that is looked at, with a state directory and a home of its own.
+type child struct {
+	proc  *proc.Process
+	base  string // holds state, home and the like
+	dir   *localnet.Dir
+	nextN uint64 // of a STATS
+
+	mu     sync.Mutex
+	out    []outLine
+	errout []string
+}
+
+// homes are directories that programs write to unasked, by the variable that names them.
+var homes = map[string]string{
+	"HOME": "home", "TMPDIR": "tmp", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache",
+	"XDG_DATA_HOME": "data", "XDG_STATE_HOME": "xdg-state", "XDG_RUNTIME_DIR": "run",
+}
+
+const stateDir = "state"
+
+func (s *suite) config() string {
+	if s.subject.Config.Empty() {
+		return "{}"
+	}
+	return string(s.subject.Config)
+}
+
+func (s *suite) host(more map[string]any) string {
+	host := map[string]any{"version": []int{1}, "listen": "tcp"}
+	maps.Copy(host, more)
+	text, err := json.Marshal(host)
+	if err != nil {
+		panic(err) // the cases pass strings, numbers and lists alone
+	}
+	return string(text)
+}
+
+// arguments are the usual ones: EXE CONFIG for a plain child, else EXE client CONFIG HOST.
+func (s *suite) arguments(l launch) []string {
+	if l.args != nil {
+		return l.args
+	}
+	config := l.config
+	if config == "" {
+		config = s.config()
+	}
+	if s.subject.Plain {
+		return []string{config}
+	}
+	return []string{"client", config, s.host(l.host)}
+}
+
+// start starts a child, which is stopped at the end of the case.
+func (t *trial) start(l launch) *child {
+	c, err := t.suite.start(t.ctx, l)
+	t.need(err)
+	t.onEnd(c.stop)
+	t.onEnd(func() { t.suite.keep(c) })
+	t.children = append(t.children, c)
+	return c
+}
+
+func (s *suite) start(ctx context.Context, l launch) (*child, error) {
+	base, err := os.MkdirTemp(s.base, "child")
+	if err != nil {
+		return nil, err
+	}
+	c := &child{base: base}
+	env := os.Environ()
+	for variable, name := range homes {
+		path := filepath.Join(base, name)
+		if err := os.Mkdir(path, 0o700); err != nil {
+			return nil, err
+		}
+		env = append(env, variable+"="+path)
+	}
+	state := filepath.Join(base, stateDir)
+	if err := os.Mkdir(state, 0o700); err != nil {
+		return nil, err
+	}
+	if c.dir, err = localnet.OpenDir(state); err != nil {
+		return nil, err
+	}
+	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], s.arguments(l)...)
+	if l.files > 0 {
+		if runtime.GOOS == "windows" {
+			_ = c.dir.Close()
+			return nil, errors.New("descriptors cannot be limited here")
+		}
+		args = append([]string{"-c", fmt.Sprintf(`ulimit -n %d && exec "$@"`, l.files), "sh", path}, args...)
+		path = "/bin/sh"
+	}
+	c.proc, err = proc.Start(ctx, proc.Spec{
+		Path: path, Args: args, Dir: state, Env: env,
+		OnLine: func(line []byte, truncated bool) {
+			c.mu.Lock()
+			if len(c.out) < maxKept {
+				c.out = append(c.out, outLine{string(line), truncated})
+			}
+			c.mu.Unlock()
+			if l.onDone != nil && string(line) == "CMETHODS DONE" {
+				l.onDone(c)
+			}
+		},
+		OnStderr: func(line string) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if len(c.errout) < maxKept {
+				c.errout = append(c.errout, line)
+			}
+		},
+		FinishWait: time.Second, TermWait: time.Second,
+	})
+	if err != nil {
+		_ = c.dir.Close()
+		return nil, err
+	}
+	if l.first != nil {
+		if err := c.proc.WriteLine(l.first); err != nil {
+			c.stop()
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// stop ends the child and removes what it has left. It may be called twice.
+func (c *child) stop() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	_ = c.proc.Stop(ctx) // it says what could not be killed, which no case is about
+	_ = c.dir.Close()
+	os.RemoveAll(c.base)
+}
+
+// keep remembers what a child has written for the cases about its lines.
+func (s *suite) keep(c *child) {
+	if len(s.lines) < maxKept {
+		s.lines = append(s.lines, c.lines()...)
+	}
+}
+
+func (c *child) lines() []outLine {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.out[:len(c.out):len(c.out)]
+}
+
+func (c *child) stderr() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.errout[:len(c.errout):len(c.errout)]
+}
+
+// said shows the last lines of both outputs.
+func (c *child) said(most int) []string {
+	var said []string
+	out, errout := c.lines(), c.stderr()
+	for _, line := range out[max(0, len(out)-most):] {
+		said = append(said, fmt.Sprintf("stdout %q", line.text[:min(len(line.text), 4*shownBytes)]))
+	}
+	for _, line := range errout[max(0, len(errout)-most):] {
+		said = append(said, fmt.Sprintf("stderr %q", line))
+	}
+	return said
+}
+
+// wrote reports whether the child has written the text, on either output.
+func (c *child) wrote(text string) bool {
+	for _, line := range c.lines() {
+		if strings.Contains(line.text, text) {
+			return true
+		}
+	}
+	for _, line := range c.stderr() {
+		if strings.Contains(line, text) {
+			return true
+		}
+	}
+	return false
+}
+
+// with returns the lines that begin with a keyword, without it.
+func (c *child) with(keyword string) []string {
+	var rest []string
+	for _, line := range c.lines() {
+		if k, r, _ := strings.Cut(line.text, " "); k == keyword && !line.cut {
+			rest = append(rest, r)
+		}
+	}
+	return rest
+}
+
+func (c *child) methods() []method {
+	var methods []method
+	for _, line := range c.lines() {
+		if m := cmethod.FindStringSubmatch(line.text); m != nil && !line.cut {
+			methods = append(methods, method{m[1], m[2], m[3], m[4]})
+		}
+	}
+	return methods
+}
+
+func (c *child) done() bool {
+	for _, rest := range c.with("CMETHODS") {
+		if rest == "DONE" {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *child) ended() bool {
+	select {
+	case <-c.proc.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// settled waits until the child is ready or has ended, and reports whether it is ready.
+func (t *trial) settled(c *child) bool {
+	t.until(func() bool { return c.done() || c.ended() })
+	return c.done() && len(c.methods()) > 0
+}
+
+// ready starts a child that has to get ready. When it does not, the case cannot
+// run: LIFE-1 has one for that.
+func (t *trial) ready(l launch) *child {
+	c := t.start(l)
+	if !t.settled(c) {
+		t.cannot("the child did not get ready%s", t.whyNot(c))
+	}
+	return c
+}
+
+func (t *trial) whyNot(c *child) string {
+	if c.ended() {
+		return ": " + c.proc.Err().Error()
+	}
+	return ""
+}
+
+// child is the child that cases share which leave it as it was.
+func (t *trial) child() *child {
+	s := t.suite
+	if s.shared != nil && s.shared.ended() {
+		s.dropShared()
+	}
+	if s.shared == nil {
+		c, err := s.start(t.ctx, launch{})
+		t.need(err)
+		s.shared = c
+		if !t.settled(c) {
+			t.cannot("the child did not get ready%s", t.whyNot(c))
+		}
+	}
+	t.children = append(t.children, s.shared)
+	return s.shared
+}
+
+// method is the connection factory that the subject names.
+func (t *trial) method(c *child) method {
+	methods, name := c.methods(), t.suite.subject.Factory
+	for _, m := range methods {
+		if m.name == name || name == "" && len(methods) == 1 {
+			return m
+		}
+	}
+	if name == "" {
+		t.cannot("the child announces %d connection factories; name one of them in Subject.Factory", len(methods))
+	}
+	t.cannot("the child announces no connection factory %q", name)
+	return method{}
+}
+
+// exit waits for the end of the child and demands an exit code.
+func (t *trial) exit(c *child, when string, want int) {
+	expected := fmt.Sprintf("exit code %d %s", want, when)
+	t.showText("expecting " + expected)
+	select {
+	case <-c.proc.Done():
+	case <-time.After(t.suite.patience):
+		t.fell(expected, "it still runs after %v", t.suite.patience)
+	case <-t.ctx.Done():
+		t.fell(expected, "it still runs")
+	}
+	var exit *proc.ExitError
+	if !errors.As(c.proc.Err(), &exit) {
+		t.fell(expected, "%v", c.proc.Err())
+	}
+	if exit.Code != want {
+		t.fell(expected, "%v", exit)
+	}
+}
+
+// signal sends a signal to the child alone, as an init system would.
+func (t *trial) signal(c *child, sig syscall.Signal) {
+	process, err := os.FindProcess(c.proc.Pid())
+	t.need(err)
+	t.showText("signal: " + sig.String())
+	t.need(process.Signal(sig))
+}
+
+// line writes a line on the child's standard input.
+func (t *trial) line(c *child, line string) {
+	t.show("stdin >", []byte(line))
+	if err := c.proc.WriteLine([]byte(line)); err != nil {
+		t.fell("a child that reads its standard input", "%v", err)
+	}
+}
+
+// stats asks STATS and returns the JSON of the answer.
+func (t *trial) stats(c *child, client string) string {
+	if !t.method(c).stats() {
+		t.cannot("the child does not announce stats=1")
+	}
+	// Far apart from line numbers, lengths and the like that a child could mistake for it.
+	c.nextN += 1_000_003
+	id := strconv.FormatUint(c.nextN, 10)
+	t.line(c, strings.TrimSuffix("STATS "+id+" "+client, " "))
+	var answer string
+	if !t.until(func() bool {
+		for _, rest := range c.with("STATS") {
+			if got, text, _ := strings.Cut(rest, " "); got == id {
+				answer = text
+				return true
+			}
+		}
+		return c.ended()
+	}) || answer == "" {
+		t.fell("the answer STATS "+id+" JSON", "none in %v%s", t.suite.patience, t.whyNot(c))
+	}
+	return answer
+}

@@ -1,0 +1,278 @@
+package conformance
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strconv"
+	"syscall"
+	"time"
+
+	"pthost/ptipc/localnet"
+)
+
+// The methods and reply codes that the cases name.
+const (
+	none, lengthOnly, settings, refused byte = 0x00, 0x09, 0x80, 0xff
+
+	granted, notAllowed, connRefused, badCommand, badType byte = 0x00, 0x02, 0x05, 0x07, 0x08
+	tooLarge, tooLate, notJSON, settingsRefused           byte = 0x10, 0x11, 0x12, 0x13
+)
+
+// anywhere is the destination of a bound factory (SOCKS-11).
+const anywhere = "[::]:0"
+
+// A wire is a connection to an announced socket, or one at the far end.
+type wire struct {
+	t    *trial
+	who  string // whose end of it, for the report
+	conn net.Conn
+}
+
+// dial connects. It is patient with a socket that does not listen yet: LINE-7 has a
+// case for that.
+func (t *trial) dial(c *child) *wire {
+	m := t.method(c)
+	var conn net.Conn
+	var err error
+	t.until(func() bool {
+		conn, err = connect(t.ctx, c, m)
+		return !errors.Is(err, syscall.ECONNREFUSED) || c.ended()
+	})
+	if errors.Is(err, localnet.ErrAddr) {
+		t.cannot("%v", err) // LINE-5 has a case for that
+	}
+	if err != nil {
+		t.fell("a connection to "+m.addr, "%v", err)
+	}
+	t.onEnd(func() { conn.Close() })
+	return &wire{t, "client", conn}
+}
+
+func connect(ctx context.Context, c *child, m method) (net.Conn, error) {
+	addr, err := localnet.ParseAddr(m.addr)
+	if err != nil {
+		return nil, err
+	}
+	if addr.Unix() {
+		return c.dir.Dial(ctx, addr.Name())
+	}
+	return localnet.DialTCP(ctx, addr)
+}
+
+// send writes the parts as one segment. A write that fails ends nothing: what the
+// child answered before is what counts.
+func (w *wire) send(parts ...[]byte) {
+	var all []byte
+	for _, part := range parts {
+		all = append(all, part...)
+	}
+	w.t.show(w.who+" >", all)
+	_ = w.conn.SetWriteDeadline(time.Now().Add(w.t.suite.patience))
+	if _, err := w.conn.Write(all); err != nil {
+		w.t.showText(fmt.Sprintf("%s: %v", w.who, err))
+	}
+}
+
+// try reads n bytes, or as many as come in time, with the error that ended them.
+func (w *wire) try(n int, patience time.Duration) ([]byte, error) {
+	_ = w.conn.SetReadDeadline(time.Now().Add(patience))
+	b := make([]byte, n)
+	n, err := io.ReadFull(w.conn, b)
+	if n > 0 {
+		w.t.show(w.who+" <", b[:n])
+	}
+	if err != nil {
+		w.t.showText(fmt.Sprintf("%s: %v", w.who, err))
+	}
+	return b[:n], err
+}
+
+// read demands n bytes.
+func (w *wire) read(n int, expected string) []byte {
+	b, err := w.try(n, w.t.suite.patience)
+	if err != nil {
+		w.t.fell(expected, "% x and then: %v", b, err)
+	}
+	return b
+}
+
+// bytes demands exactly these.
+func (w *wire) bytes(want []byte, expected string) {
+	if got := w.read(len(want), expected); string(got) != string(want) {
+		w.t.fell(expected, "% x", got)
+	}
+}
+
+// end demands the end of the stream.
+func (w *wire) end(expected string) {
+	if b, err := w.try(1, w.t.suite.patience); !errors.Is(err, io.EOF) || len(b) > 0 {
+		w.t.fell(expected, "% x and then: %v", b, err)
+	}
+}
+
+// chosen demands a method in answer to the greeting.
+func (w *wire) chosen(method byte) {
+	w.bytes([]byte{5, method}, fmt.Sprintf("method %02x in answer to the greeting", method))
+}
+
+// reply reads a reply, whatever the bound address is: SOCKS-8 has a case for that.
+func (w *wire) reply() byte { return w.replyBytes()[1] }
+
+func (w *wire) replyBytes() []byte {
+	const expected = "a reply: 05, a code, 00, an address and a port"
+	b := w.read(4, expected)
+	if b[0] != 5 || b[2] != 0 {
+		w.t.fell(expected, "% x", b)
+	}
+	n := 0
+	switch b[3] {
+	case 1:
+		n = net.IPv4len
+	case 4:
+		n = net.IPv6len
+	case 3:
+		b = append(b, w.read(1, expected)...)
+		n = int(b[4])
+	default:
+		w.t.fell(expected, "address type %d", b[3])
+	}
+	return append(b, w.read(n+2, expected)...)
+}
+
+// replied demands a reply with one of the codes.
+func (w *wire) replied(what string, codes ...byte) {
+	got := w.reply()
+	for _, code := range codes {
+		if got == code {
+			return
+		}
+	}
+	w.t.fell(fmt.Sprintf("reply % x to %s", codes, what), "reply %02x", got)
+}
+
+// echo demands that what is sent comes back.
+func (w *wire) echo(text string) {
+	w.send([]byte(text))
+	w.bytes([]byte(text), fmt.Sprintf("%q back from the echo server", text))
+}
+
+// closeWrite ends the outgoing direction.
+func (w *wire) closeWrite() {
+	w.t.showText(w.who + " > end of the stream")
+	if half, ok := w.conn.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite() // it fails when the child has hung up, which reading shows
+	}
+}
+
+// close hangs up.
+func (w *wire) close() {
+	w.t.showText(w.who + " > hangs up")
+	w.conn.Close()
+}
+
+// tcp ends the case for sockets that do not tell a stream that broke from one that ended.
+func (w *wire) tcp() *net.TCPConn {
+	conn, ok := w.conn.(*net.TCPConn)
+	if !ok {
+		w.t.cannot("the child listens on a unix socket, which cannot tell a stream that broke")
+	}
+	return conn
+}
+
+func greeting(methods ...byte) []byte { return append([]byte{5, byte(len(methods))}, methods...) }
+
+// lengthForm is settings under 0x09, and one form of them under 0x80 (SOCKS-3).
+func lengthForm(text string) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
+}
+
+// address is ATYP, address and port of host:port.
+func address(dest string) []byte {
+	host, portText, err := net.SplitHostPort(dest)
+	port, perr := strconv.ParseUint(portText, 10, 16)
+	if err != nil || perr != nil {
+		panic(fmt.Sprintf("the destination %q is not host:port", dest)) // newSuite has checked the subject's
+	}
+	var b []byte
+	ip, err := netip.ParseAddr(host)
+	switch {
+	case err != nil:
+		b = append([]byte{3, byte(len(host))}, host...)
+	case ip.Is4():
+		b = append([]byte{1}, ip.AsSlice()...)
+	default:
+		b = append([]byte{4}, ip.AsSlice()...)
+	}
+	return append(b, byte(port>>8), byte(port))
+}
+
+// request is CONNECT to host:port.
+func request(dest string) []byte { return append([]byte{5, 1, 0}, address(dest)...) }
+
+// dest is where the cases connect to when they only want it to work.
+func (t *trial) dest(c *child) string {
+	switch {
+	case t.method(c).bound():
+		return anywhere
+	case t.suite.subject.Dest != "":
+		return t.suite.subject.Dest
+	}
+	return t.suite.echo.addr()
+}
+
+// settings are those that a connection of the subject needs, as raw JSON.
+func (t *trial) settings() string {
+	if t.suite.subject.Settings.Empty() {
+		return "{}"
+	}
+	return string(t.suite.subject.Settings)
+}
+
+// shake runs a handshake step by step, as the simplest of clients would, and
+// returns the code of the reply.
+func (t *trial) shake(c *child, method byte, settings, request []byte) (*wire, byte) {
+	w := t.dial(c)
+	w.send(greeting(method))
+	w.chosen(method)
+	if len(settings) > 0 {
+		w.send(settings)
+	}
+	w.send(request)
+	return w, w.reply()
+}
+
+// ask runs the usual handshake.
+func (t *trial) ask(c *child, dest string) (*wire, byte) {
+	if t.suite.subject.Settings.Empty() {
+		return t.shake(c, none, nil, request(dest))
+	}
+	return t.shake(c, settings, []byte(t.settings()), request(dest))
+}
+
+// open runs the usual handshake and demands that it succeeds.
+func (t *trial) open(c *child, dest string) *wire {
+	w, code := t.ask(c, dest)
+	if code != granted {
+		t.fell("reply 00 for a connection to "+dest, "reply %02x", code)
+	}
+	return w
+}
+
+// echoing ends the case when bytes do not come back from the far end.
+func (t *trial) echoing(c *child) {
+	if t.method(c).bound() && !t.suite.subject.Echoes {
+		t.cannot("nothing is known about where the bound factory leads; give it an echo server and set Subject.Echoes")
+	}
+}
+
+// free ends the case for a bound factory.
+func (t *trial) free(c *child) {
+	if t.method(c).bound() {
+		t.cannot("the connection factory is bound")
+	}
+}

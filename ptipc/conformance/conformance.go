@@ -1,0 +1,300 @@
+package conformance
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pthost/ptipc"
+)
+
+// A Subject is the child that is looked at, and what the suite has to know of it.
+type Subject struct {
+	// Path is the executable: a path, or a name to be looked for in PATH.
+	Path string
+	// Args are the executable's own arguments, before the role.
+	Args []string
+	// Config is a configuration that works. It stands on the child's command line,
+	// where other users of the machine can read it: use one without secrets of worth.
+	Config ptipc.Opaque
+	// Plain says that the child takes neither HOST nor "-" (ARG-6). Cases that need
+	// them cannot run.
+	Plain bool
+	// Factory is the name of the connection factory to use; "" is the only one.
+	Factory string
+	// Settings are those that a connection needs, nil if it needs none.
+	Settings ptipc.Opaque
+	// Dest is an echo server (RFC 862), host:port, for a free transport whose far end
+	// cannot reach this machine's loopback. "" is one that the suite runs, which lets
+	// it look at the far end too. A bound transport has none.
+	Dest string
+	// Echoes says that what a bound transport leads to is an echo server. Without
+	// one, cases that need bytes to come back cannot run.
+	Echoes bool
+}
+
+// Options say which cases are run, and how.
+type Options struct {
+	// Pattern is a regular expression that the names of the cases must match.
+	Pattern string
+	// Slow also runs the cases that wait for limits of ten seconds.
+	Slow bool
+	// Patience bounds the wait for each single thing that a child has to do. 0 is 5
+	// seconds.
+	Patience time.Duration
+}
+
+const (
+	defaultPatience = 5 * time.Second
+	// limit is how long a child may leave a client or a configuration line waiting
+	// (ARG-4, SOCKS-6, SOCKS-9).
+	limit = 10 * time.Second
+	// caseTimeout bounds one case with everything that it waits for.
+	caseTimeout = 2 * time.Minute
+)
+
+// A Level is how much a clause demands.
+type Level string
+
+// The levels, as in RFC 2119.
+const (
+	Must   Level = "MUST"
+	Should Level = "SHOULD"
+)
+
+// A Case is one question to a child.
+type Case struct {
+	Clause string `json:"clause"` // for example SOCKS-5
+	Name   string `json:"name"`   // for example SOCKS-5/byte-by-byte
+	Level  Level  `json:"level"`
+	Slow   bool   `json:"slow,omitempty"` // run only with Options.Slow
+
+	run func(*trial)
+}
+
+func newCase(level Level, name string, run func(*trial)) Case {
+	clause, _, _ := strings.Cut(name, "/")
+	return Case{Clause: clause, Name: name, Level: level, run: run}
+}
+
+func must(name string, run func(*trial)) Case   { return newCase(Must, name, run) }
+func should(name string, run func(*trial)) Case { return newCase(Should, name, run) }
+
+func slow(c Case) Case {
+	c.Slow = true
+	return c
+}
+
+// Cases returns all cases in the order in which they are run.
+func Cases() []Case {
+	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, lineCases)
+}
+
+// A Verdict is how a case went.
+type Verdict string
+
+// The verdicts.
+const (
+	Held      Verdict = "held"
+	FellShort Verdict = "fell short"
+	NotRun    Verdict = "could not run"
+)
+
+// A Result is the answer to one case.
+type Result struct {
+	Case
+	Verdict  Verdict  `json:"verdict"`
+	Why      string   `json:"why,omitempty"`      // why the case could not run
+	Expected string   `json:"expected,omitempty"` // what was expected of a child that fell short,
+	Got      string   `json:"got,omitempty"`      // and what came
+	Bytes    []string `json:"bytes,omitempty"`    // what went over the wire and the pipes then
+}
+
+// String is one line, and for a case that fell short all that is known of it.
+func (r Result) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%-13s %-6s %s", r.Verdict, r.Level, r.Name)
+	if r.Why != "" {
+		fmt.Fprintf(&b, ": %s", r.Why)
+	}
+	if r.Verdict == FellShort {
+		fmt.Fprintf(&b, "\n\texpected: %s\n\tgot:      %s", r.Expected, r.Got)
+		for _, line := range r.Bytes {
+			fmt.Fprintf(&b, "\n\t%s", line)
+		}
+	}
+	return b.String()
+}
+
+// A Report is the results of a run, in the order of the cases.
+type Report struct {
+	Results []Result `json:"results"`
+}
+
+// OK reports whether every case of a MUST that could run has held, and one at least did.
+func (r Report) OK() bool {
+	held := false
+	for _, result := range r.Results {
+		held = held || result.Verdict == Held
+		if result.Verdict == FellShort && result.Level == Must {
+			return false
+		}
+	}
+	return held
+}
+
+// Names returns the names of the cases with a verdict.
+func (r Report) Names(v Verdict) []string {
+	var names []string
+	for _, result := range r.Results {
+		if result.Verdict == v {
+			names = append(names, result.Name)
+		}
+	}
+	return names
+}
+
+// String lists the results and counts them.
+func (r Report) String() string {
+	var b strings.Builder
+	for _, result := range r.Results {
+		fmt.Fprintln(&b, result)
+	}
+	fmt.Fprintf(&b, "%d held, %d fell short, %d could not run\n",
+		len(r.Names(Held)), len(r.Names(FellShort)), len(r.Names(NotRun)))
+	return b.String()
+}
+
+// Run runs the cases one after the other, each with a child of its own or, where
+// that makes no difference, with one that several share. Nothing is left when it
+// returns. The error is about the suite, not about the child: a pattern that is
+// none, or a machine without room for a directory or a socket. When ctx ends, the
+// cases that are left could not run.
+func Run(ctx context.Context, subject Subject, options Options) (Report, error) {
+	var report Report
+	cases, err := options.cases()
+	if err != nil {
+		return report, err
+	}
+	s, err := newSuite(subject, options)
+	if err != nil {
+		return report, err
+	}
+	defer s.close()
+	for _, c := range cases {
+		report.Results = append(report.Results, s.judge(ctx, c))
+	}
+	return report, nil
+}
+
+// Test runs each case as a subtest. A MUST that the child falls short of is an
+// error, a SHOULD is logged, and what could not run is skipped.
+func Test(t *testing.T, subject Subject, options Options) {
+	t.Helper()
+	cases, err := options.cases()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newSuite(subject, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	for _, c := range cases {
+		t.Run(c.Name, func(t *testing.T) {
+			switch result := s.judge(t.Context(), c); {
+			case result.Verdict == NotRun:
+				t.Skip(result)
+			case result.Verdict == FellShort && c.Level == Must:
+				t.Error(result)
+			case result.Verdict == FellShort:
+				t.Log(result)
+			}
+		})
+	}
+}
+
+func (o Options) cases() ([]Case, error) {
+	pattern, err := regexp.Compile(o.Pattern)
+	if err != nil {
+		return nil, fmt.Errorf("conformance: the pattern %q: %w", o.Pattern, err)
+	}
+	var cases []Case
+	for _, c := range Cases() {
+		if pattern.MatchString(c.Name) && (o.Slow || !c.Slow) {
+			cases = append(cases, c)
+		}
+	}
+	if len(cases) == 0 {
+		return nil, fmt.Errorf("conformance: no case matches %q; names are like SOCKS-5/byte-by-byte, some are run with Slow alone", o.Pattern)
+	}
+	return cases, nil
+}
+
+// A suite is one run: what its cases have in common.
+type suite struct {
+	subject  Subject
+	patience time.Duration
+	base     string    // everything that the run writes is in here
+	echo     *farEnd   // the destination of a free transport
+	shared   *child    // for cases that leave a child as it was; nil if none runs
+	lines    []outLine // what all children have written on standard output
+}
+
+func newSuite(subject Subject, options Options) (*suite, error) {
+	if subject.Path == "" {
+		return nil, fmt.Errorf("conformance: Subject.Path is empty; name an executable: %w", ptipc.ExitUsage)
+	}
+	if options.Patience == 0 {
+		options.Patience = defaultPatience
+	}
+	base, err := os.MkdirTemp("", "conformance")
+	if err != nil {
+		return nil, fmt.Errorf("conformance: a directory for the child: %w", err)
+	}
+	echo, err := newFarEnd(echo)
+	if err != nil {
+		os.RemoveAll(base)
+		return nil, fmt.Errorf("conformance: an echo server: %w", err)
+	}
+	return &suite{subject: subject, patience: options.Patience, base: base, echo: echo}, nil
+}
+
+func (s *suite) close() {
+	s.dropShared()
+	s.echo.close()
+	os.RemoveAll(s.base)
+}
+
+// dropShared ends the shared child: a new one is in a state that is known.
+func (s *suite) dropShared() {
+	if s.shared != nil {
+		s.keep(s.shared)
+		s.shared.stop()
+		s.shared = nil
+	}
+}
+
+// judge runs one case. It ends by itself, or because one of its checks ended it.
+func (s *suite) judge(ctx context.Context, c Case) Result {
+	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
+	defer cancel()
+	t := &trial{ctx: ctx, suite: s, result: Result{Case: c}}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer t.cleanUp()
+		c.run(t)
+		t.result.Verdict = Held
+	}()
+	<-ended
+	if t.result.Verdict != Held {
+		s.dropShared()
+	}
+	return t.result
+}

@@ -1,0 +1,34 @@
+// Package conformance checks from outside whether a child does what
+// spec/ptipc.md demands of it.
+//
+// It speaks the control lines and the modified SOCKS5 with its own bytes, so that
+// no tolerance of the host's can hide a fault of the child:
+//
+//	report, err := conformance.Run(ctx, conformance.Subject{
+//		Path:   "/usr/lib/pt/pt-example",
+//		Config: ptipc.Opaque(`{"server":"192.0.2.1:443"}`),
+//	}, conformance.Options{})
+//	if err != nil {
+//		return err // the suite itself could not work
+//	}
+//	fmt.Print(report)
+//	if !report.OK() {
+//		return errors.New("the child fell short of a MUST")
+//	}
+//
+// In a test, each case is a subtest:
+//
+//	func TestChild(t *testing.T) {
+//		conformance.Test(t, conformance.Subject{Path: "./pt-example"}, conformance.Options{})
+//	}
+//
+// A case is named by the clause that it is about, such as
+// SOCKS-5/byte-by-byte. Cases of a MUST decide whether a child conforms; those of a
+// SHOULD are reported. A case that cannot run, because of the machine or because it
+// is about something that the child does not have, says why.
+//
+// What is checked is the client role. Some cases look at the child's sockets in
+// /proc and are run on Linux alone; the one about other users of the machine
+// (SOCKS-17) needs root. Clauses that bind the host, and those whose breach does not
+// show, have no case.
+package conformance
