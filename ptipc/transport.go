@@ -57,6 +57,10 @@ type Env struct {
 	// alone (LIFE-8). In a child it is the working directory. "" means none.
 	Local string
 
+	// Signals carries messages to and from the other side, out of band and unreliably.
+	// nil carries nothing.
+	Signals Signals
+
 	// DialOut is the way out to the network: direct, an upstream proxy, or another
 	// transport. nil is a plain [net.Dialer]. Transports reach the network through
 	// [Env.Dial] and never on their own.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"time"
 
 	"pthost/ptipc"
 )
@@ -47,7 +46,7 @@ func exchange(ctx context.Context, conn net.Conn, f func() error) error {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
-		_ = conn.SetDeadline(time.Unix(1, 0)) // wakes f
+		_ = conn.SetDeadline(past) // wakes f
 	})
 	err := f()
 	if !stop() {
@@ -77,7 +76,7 @@ func sendAndRead(conn net.Conn, b []byte, read func() error) error {
 	}()
 	err := read()
 	if err != nil {
-		_ = conn.SetWriteDeadline(time.Unix(1, 0)) // wakes the writer
+		_ = conn.SetWriteDeadline(past) // wakes the writer
 	}
 	return firstAnswer(err, <-written)
 }

@@ -58,8 +58,8 @@ func serveScript(in []byte, piece int, bound, plain bool) outcome {
 	}}
 	s.init()
 	session := &session{conn: client}
-	s.add(session)
 	s.slots <- struct{}{}
+	s.add(session)
 	s.serve(session)
 	o.answer, o.wire = client.out.String(), wire.out.String()
 	return o

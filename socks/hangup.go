@@ -25,40 +25,38 @@ const (
 type watch struct {
 	conn   net.Conn
 	cancel context.CancelFunc
-	timer  *time.Timer
 	ended  sync.WaitGroup
 
-	// Until the watch has ended these belong to it.
-	early  []byte
-	method byte
-	owed   bool
+	// While the watch runs, these belong to it.
+	method byte   // the answer to the greeting
+	owed   bool   // the client has not been told the method
+	early  []byte // what came behind the request
 	gone   bool
 }
 
-// dial calls s.Dial and watches the client meanwhile. It returns the early data
-// that has come, and whether the answer to the greeting is still owed.
-func (s *Server) dial(r *Request, early []byte, method byte, owed bool, timeout time.Duration) (net.Conn, []byte, bool, error) {
+// dial calls s.Dial if the session is admitted, and watches the client if the
+// dial takes long.
+func (s *Server) dial(session *session, r *Request, w *watch) (wire net.Conn, admitted bool, err error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	w := &watch{conn: r.Client, cancel: cancel, early: early, method: method, owed: owed}
-	_ = w.conn.SetReadDeadline(time.Time{})
-	_ = w.conn.SetWriteDeadline(time.Now().Add(timeout))
+	w.cancel = cancel
 	w.ended.Add(1)
-	w.timer = time.AfterFunc(watchAfter, w.run)
-
-	wire, err := s.Dial(ctx, r)
-
-	if !w.timer.Stop() {
-		_ = w.conn.SetReadDeadline(time.Unix(1, 0)) // wakes the watch
+	if err := s.admit(session, w); err != nil {
+		return nil, false, err
+	}
+	wire, err = s.Dial(ctx, r)
+	if s.dialled(session) {
+		_ = w.conn.SetReadDeadline(past) // wakes the watch
 		w.ended.Wait()
+		_ = w.conn.SetReadDeadline(time.Time{})
 	}
 	if w.gone {
 		if err == nil {
 			wire.Close()
 		}
-		err = fmt.Errorf("socks: %w, the client hung up during the dial", errSilent)
+		return nil, true, fmt.Errorf("socks: %w, the client hung up during the dial", errSilent)
 	}
-	return wire, w.early, w.owed, err
+	return wire, true, err
 }
 
 func (w *watch) run() {

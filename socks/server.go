@@ -25,6 +25,11 @@ const (
 	lingerTime  = time.Second // how long a refused client's bytes are read and dropped,
 	lingerBytes = 256 << 10   // and how many of them
 	cutTime     = time.Second // how long Shutdown waits for what it has cut
+
+	// A timer for each connection would cost more than its handshake does, since
+	// setting one can wake a thread. So one timer looks after all connections that
+	// have a time limit, this often while there are any.
+	sweepInterval = 5 * time.Millisecond
 )
 
 // A Request is what a client asked for.
@@ -40,7 +45,7 @@ type Request struct {
 	Client net.Conn
 }
 
-// A Server serves the modified SOCKS5. Dial must be set; the zero value of the
+// A Server serves the modified SOCKS5. Dial or Take must be set; the zero value of the
 // other fields works. Fields must not change once Serve has been called, and a
 // Server must not be copied.
 type Server struct {
@@ -56,6 +61,12 @@ type Server struct {
 	// a shutdown cuts connections and when Dial has returned. The class of an error
 	// is the reply (ERR-1).
 	Dial func(ctx context.Context, r *Request) (net.Conn, error)
+
+	// Take, if set, is used in place of Dial by a listener that wants the connections
+	// for itself (SRV-3). A connection whose request Take does not refuse is answered
+	// with success and then given to the function that Take has returned, which owns
+	// it: MaxConns and Shutdown no longer concern it.
+	Take func(ctx context.Context, r *Request) (func(conn net.Conn), error)
 
 	// HandshakeTimeout bounds the time from accept to the end of the request
 	// (SOCKS-9). 0 means DefaultHandshakeTimeout.
@@ -84,6 +95,9 @@ type Server struct {
 	closing   bool
 	listeners map[*net.Listener]struct{}
 	early     map[*session]struct{} // those that do not relay yet
+	timed     map[*session]struct{} // those of them that have a time limit now
+	sweeper   *time.Timer           // nil before the first session
+	sweeping  bool                  // the sweeper is set
 	open      int                   // sessions
 	admitted  int                   // sessions that dial or relay
 	empty     chan struct{}         // closed when closing and open is 0
@@ -91,11 +105,19 @@ type Server struct {
 
 // A session is one accepted connection until both of its sides are closed. It
 // holds a handshake slot until it is admitted or ends.
-type session struct{ conn net.Conn }
+type session struct {
+	conn net.Conn
+
+	// Under the server's mutex:
+	due   time.Time // while it is timed
+	watch *watch    // begins when due; without one conn fails then
+	late  bool      // conn was made to fail
+}
 
 var (
 	errCut  = errors.New("socks: the server was shut down")
 	errFull = errors.New("socks: the server holds as many connections as it may (MaxConns)")
+	errLate = fmt.Errorf("socks: the handshake took too long (HandshakeTimeout): %w", ptipc.ErrTimedOut)
 )
 
 func (s *Server) init() {
@@ -110,6 +132,7 @@ func (s *Server) init() {
 		s.empty = make(chan struct{})
 		s.listeners = make(map[*net.Listener]struct{})
 		s.early = make(map[*session]struct{})
+		s.timed = make(map[*session]struct{})
 	})
 }
 
@@ -152,19 +175,19 @@ func (s *Server) Serve(l net.Listener) error {
 			continue
 		}
 		pause = 0
-		session := &session{conn: conn}
-		if !s.add(session) {
-			conn.Close()
-			return nil
-		}
 		select {
 		case s.slots <- struct{}{}:
-			go s.serve(session)
 		case <-s.ending:
-			s.remove(session, false)
 			conn.Close()
 			return nil
 		}
+		session := &session{conn: conn}
+		if !s.add(session) {
+			<-s.slots
+			conn.Close()
+			return nil
+		}
+		go s.serve(session)
 	}
 }
 
@@ -239,6 +262,10 @@ func (s *Server) removeListener(l *net.Listener) {
 	delete(s.listeners, l)
 }
 
+func (s *Server) handshakeTimeout() time.Duration {
+	return orDefault(s.HandshakeTimeout, DefaultHandshakeTimeout)
+}
+
 func (s *Server) add(session *session) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -247,33 +274,56 @@ func (s *Server) add(session *session) bool {
 	}
 	s.early[session] = struct{}{}
 	s.open++
+	s.limit(session, s.handshakeTimeout()) // SOCKS-9
 	return true
 }
 
-// admit lets a session dial and relay, and frees its handshake slot.
-func (s *Server) admit() bool {
+// admit lets a session dial, and relay after that, and frees its handshake slot.
+func (s *Server) admit(session *session, w *watch) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.admitted >= orDefault(s.MaxConns, DefaultMaxConns) {
-		return false
+	switch {
+	case session.late:
+		return errLate
+	case s.admitted >= orDefault(s.MaxConns, DefaultMaxConns):
+		return errFull
 	}
 	s.admitted++
 	<-s.slots
-	return true
+	session.watch = w
+	s.limit(session, watchAfter)
+	return nil
+}
+
+// dialled is called when the dial has returned. It reports whether the client
+// has been watched meanwhile, and still is.
+func (s *Server) dialled(session *session) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	watched := session.watch == nil
+	session.watch = nil
+	s.limit(session, s.handshakeTimeout()) // for the reply
+	return watched
 }
 
 // relays takes a session out of those that Shutdown closes itself: closing a
 // socket under a relay would look like a clean end to its peer.
-func (s *Server) relays(session *session) {
+func (s *Server) relays(session *session) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.early, session)
+	delete(s.timed, session)
+	if session.late {
+		return errLate
+	}
+	return nil
 }
 
 func (s *Server) remove(session *session, admitted bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.early, session)
+	delete(s.timed, session)
 	if admitted {
 		s.admitted--
 	}
@@ -283,12 +333,58 @@ func (s *Server) remove(session *session, admitted bool) {
 	}
 }
 
+// limit gives a session d from now. s.mu is held.
+func (s *Server) limit(session *session, d time.Duration) {
+	session.due = time.Now().Add(d)
+	s.timed[session] = struct{}{}
+	if s.sweeping {
+		return
+	}
+	s.sweeping = true
+	if s.sweeper == nil {
+		s.sweeper = time.AfterFunc(sweepInterval, s.sweep)
+	} else {
+		s.sweeper.Reset(sweepInterval)
+	}
+}
+
+// unlimit takes the time limit away. A limit that has passed stays so.
+func (s *Server) unlimit(session *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.timed, session)
+}
+
+func (s *Server) sweep() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	for session := range s.timed {
+		if now.Before(session.due) {
+			continue
+		}
+		delete(s.timed, session)
+		if w := session.watch; w != nil {
+			session.watch = nil
+			go w.run()
+		} else {
+			session.late = true
+			_ = session.conn.SetDeadline(past) // wakes whoever reads or writes
+		}
+	}
+	s.sweeping = len(s.timed) > 0
+	if s.sweeping {
+		s.sweeper.Reset(sweepInterval)
+	}
+}
+
+var past = time.Unix(1, 0) // a deadline that ends what is going on
+
 // serve runs one session. Handshake and dial are functions of their own so that
 // an idle connection does not hold their stack.
 func (s *Server) serve(session *session) {
-	client, wire, admitted := s.connect(session.conn)
+	client, wire, admitted := s.connect(session)
 	if wire != nil {
-		s.relays(session)
 		if err := relay.Join(s.ctx, client, wire); err != nil {
 			s.log.Debug("a connection broke", "error", err)
 		}
@@ -302,36 +398,34 @@ func (s *Server) serve(session *session) {
 }
 
 // connect runs handshake and dial, and answers. wire is nil if the client was
-// refused or is gone. client is conn, with early data before it if there is any.
-func (s *Server) connect(conn net.Conn) (client, wire net.Conn, admitted bool) {
-	timeout := orDefault(s.HandshakeTimeout, DefaultHandshakeTimeout)
-	setDeadline(conn, timeout)
-	h := newHandshake(conn)
+// refused or is gone. client is the session's conn, with early data before it if
+// there is any.
+func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool) {
+	h := newHandshake(session.conn)
 	request, err := h.read(s.Plain, s.Bound)
-	method, owed := h.method, h.owed
-	early := h.rest()
+	w := &watch{conn: session.conn, method: h.method, owed: h.owed, early: h.rest()}
 	h.release()
 
-	if err == nil && !s.admit() {
-		err = errFull
-	} else if err == nil {
-		admitted = true
-		wire, early, owed, err = s.dial(&request, early, method, owed, timeout)
+	if err == nil {
+		wire, admitted, err = s.dial(session, &request, w)
 	}
 	if err != nil {
-		s.refuse(conn, method, owed, err)
+		s.unlimit(session)
+		s.refuse(session.conn, w.method, w.owed, err)
 		return nil, nil, admitted
 	}
-	_ = conn.SetWriteDeadline(time.Now().Add(timeout)) // a conn without deadlines is closed by Shutdown
-	if _, err := conn.Write(reply(method, owed, 0)); err != nil {
+	_, err = session.conn.Write(reply(w.method, w.owed, 0))
+	if err == nil {
+		err = s.relays(session)
+	}
+	if err != nil {
 		wire.Close()
 		return nil, nil, admitted
 	}
-	_ = conn.SetDeadline(time.Time{})
-	if len(early) > 0 {
-		return &earlyConn{Conn: conn, early: early}, wire, admitted
+	if len(w.early) > 0 {
+		return &earlyConn{Conn: session.conn, early: w.early}, wire, admitted
 	}
-	return conn, wire, admitted
+	return session.conn, wire, admitted
 }
 
 // refuse tells the client why, if it is there to be told. Bytes that it goes on
@@ -342,7 +436,7 @@ func (s *Server) refuse(conn net.Conn, method byte, owed bool, err error) {
 	if errors.Is(err, errSilent) {
 		return
 	}
-	setDeadline(conn, lingerTime)
+	_ = conn.SetDeadline(time.Now().Add(lingerTime))
 	answer := []byte{version, methodRefused}
 	if method != methodRefused {
 		class := ptipc.ClassOf(err)
@@ -378,10 +472,6 @@ func reply(method byte, owed bool, class ptipc.Class) []byte {
 	}
 	return b
 }
-
-// setDeadline bounds reads and writes. A conn without deadlines is bounded by
-// the limits of the server, and closed by Shutdown.
-func setDeadline(conn net.Conn, d time.Duration) { _ = conn.SetDeadline(time.Now().Add(d)) }
 
 // An earlyConn gives what came with the handshake before what is still to come.
 type earlyConn struct {

@@ -61,7 +61,8 @@ Exit codes are those of sysexits: 64 for a wrong command line, 78 for a wrong
 configuration, 69 when something needed is not there.`,
 		Example: `  ptipc run                                    a transport behind 127.0.0.1:1080
   ptipc run host.json                          what the file says
-  ptipc dial builtin:direct '{}' example.com:22`,
+  ptipc dial builtin:direct '{}' example.com:22
+  ptipc generate builtin:websocket '{"host":"192.0.2.1"}'`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          usageArgs(cobra.NoArgs),
@@ -80,7 +81,7 @@ configuration, 69 when something needed is not there.`,
 			panic(err) // the flag was defined three lines above
 		}
 	}
-	root.AddCommand(newRun(&o), newCheck(), newDial(&o), newTransport(), newBench(&o), newLaunch())
+	root.AddCommand(newRun(&o), newCheck(), newDial(&o), newGenerate(&o), newTransport(), newBench(&o), newLaunch())
 	return root
 }
 

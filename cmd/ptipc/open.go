@@ -61,7 +61,7 @@ func (o *opener) command(name string, t config.Transport) (*host.Command, error)
 		c.Launcher = []string{o.self, launchCommand}
 	}
 	if own, ok := strings.CutPrefix(t.Exec, builtinPrefix); ok {
-		if _, ok := builtin.Clients[own]; !ok {
+		if known := builtinTransport(own); known.Client == nil && known.Server == nil {
 			return nil, &ptipc.ConfigError{
 				Pointer: "/transports/" + name + "/exec", Value: strconv.Quote(t.Exec), Problem: "is not a transport of this tool",
 				Remedy: "write one of " + strings.Join(builtins(), ", ") + ", or a path",
@@ -158,12 +158,14 @@ func factory(t *ptipc.Transport, name string) (ptipc.ConnectionFactory, string, 
 }
 
 func builtins() []string {
-	var names []string
+	all := map[string]bool{}
 	for name := range builtin.Clients {
-		names = append(names, builtinPrefix+name)
+		all[builtinPrefix+name] = true
 	}
-	slices.Sort(names)
-	return names
+	for name := range builtin.Servers {
+		all[builtinPrefix+name] = true
+	}
+	return slices.Sorted(maps.Keys(all))
 }
 
 // completeExec completes builtin:NAME and files.

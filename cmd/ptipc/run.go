@@ -56,7 +56,7 @@ with a file without starting anything.`,
 			if err != nil {
 				return err
 			}
-			r := &runner{opener: opener, out: cmd.OutOrStdout(), transports: map[string]*ptipc.Transport{}}
+			r := &runner{opener: opener, out: cmd.OutOrStdout(), transports: map[string]*ptipc.Transport{}, servers: map[string]ptipc.ServerManager{}}
 			var file *config.File
 			if len(args) == 1 {
 				if listen != "" {
@@ -128,6 +128,7 @@ type runner struct {
 	opener     *opener
 	out        io.Writer
 	transports map[string]*ptipc.Transport
+	servers    map[string]ptipc.ServerManager
 	fronts     []*runningFront
 }
 
@@ -172,6 +173,12 @@ func (r *runner) start(ctx context.Context, file *config.File) error {
 	for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
 		t := file.Transports[name]
 		began := time.Now()
+		if t.Role == "server" {
+			if err := r.startServer(ctx, name, t); err != nil {
+				return err
+			}
+			continue
+		}
 		transport, err := r.opener.open(ctx, name, t)
 		if err != nil {
 			return err
@@ -189,6 +196,40 @@ func (r *runner) start(ctx context.Context, file *config.File) error {
 			return fmt.Errorf("front %d: %w", i, err)
 		}
 	}
+	return nil
+}
+
+// startServer starts a server, and what brings its connections to their service.
+func (r *runner) startServer(ctx context.Context, name string, t config.Transport) error {
+	began := time.Now()
+	command, err := r.opener.command(name, t)
+	if err != nil {
+		return err
+	}
+	where := "connecting its clients itself"
+	if t.Deliver == "" {
+		manager, err := command.Server().Proxy(ctx, t.Config, r.opener.env(name, t.State))
+		if err != nil {
+			return err
+		}
+		r.servers[name] = manager
+	} else {
+		listener, err := command.Server().Listen(ctx, t.Config, r.opener.env(name, t.State))
+		if err != nil {
+			return err
+		}
+		r.servers[name] = listener
+		server, err := front.Deliver(t.Deliver, t.ProxyProtocol, r.opener.log.With("transport", name))
+		if err != nil {
+			return err
+		}
+		running := &runningFront{Front: config.Front{Listen: "server " + name}, server: server, listener: listener, ended: make(chan error, 1)}
+		r.fronts = append(r.fronts, running)
+		go func() { running.ended <- server.Serve(listener) }()
+		where = "delivering to " + t.Deliver
+	}
+	fmt.Fprintf(r.out, "server %s: %s is ready after %v, on %s, %s\n", name, t.Exec,
+		time.Since(began).Round(time.Millisecond), r.servers[name].Addr(), where)
 	return nil
 }
 
@@ -226,10 +267,17 @@ func (r *runner) startFront(f config.Front) error {
 func (r *runner) wait(ctx context.Context) error {
 	ended := make(chan error)
 	var all sync.WaitGroup
-	errs := make(chan error, len(r.transports))
+	waits := map[string]func() error{}
 	for name, t := range r.transports {
+		waits[name] = t.Wait
+	}
+	for name, s := range r.servers {
+		waits[name] = s.Wait
+	}
+	errs := make(chan error, len(waits))
+	for name, wait := range waits {
 		all.Go(func() {
-			err := t.Wait()
+			err := wait()
 			if err != nil {
 				r.opener.log.Error("transport has ended", "transport", name, "err", err)
 			}
@@ -286,10 +334,17 @@ func (r *runner) stop(ctx context.Context) error {
 	stopping.Wait()
 	var mu sync.Mutex
 	var errs []error
+	closes := map[string]func() error{}
 	for name, t := range r.transports {
+		closes[name] = t.Close
+	}
+	for name, s := range r.servers {
+		closes[name] = s.Close
+	}
+	for name, end := range closes {
 		stopping.Go(func() {
 			// What a transport ended with by itself was told when it did.
-			if err := t.Close(); err != nil {
+			if err := end(); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				errs = append(errs, fmt.Errorf("transport %q: %w", name, err))

@@ -19,19 +19,21 @@ func newTransport() *cobra.Command {
 		Short: "Be a child: run a transport that this tool carries, for any host",
 		Long: `Runs one of the builtin transports as a child process. A host starts this
 command; started by hand it announces its sockets on standard output and ends
-with standard input. ROLE is client. CONFIG is the transport's configuration as
-a JSON object; - reads it from standard input, together with HOST.
+with standard input. ROLE is client, server or generate. CONFIG is the transport's
+configuration as a JSON object, or for generate the options; - reads it from
+standard input, together with HOST.
 
 The builtin transports are: ` + strings.Join(builtins(), ", ") + `.`,
 		Example: `  ptipc transport direct '{}'`,
 		// What follows NAME is the child's, to the letter.
 		DisableFlagParsing: true,
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			if len(args) > 0 {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
 			var names []string
-			if len(args) == 0 {
-				for name := range builtin.Clients {
-					names = append(names, name)
-				}
+			for _, name := range builtins() {
+				names = append(names, strings.TrimPrefix(name, builtinPrefix))
 			}
 			return names, cobra.ShellCompDirectiveNoFileComp
 		},
@@ -42,14 +44,19 @@ The builtin transports are: ` + strings.Join(builtins(), ", ") + `.`,
 			if args[0] == "--help" || args[0] == "-h" {
 				return cmd.Help()
 			}
-			open, ok := builtin.Clients[strings.TrimPrefix(args[0], builtinPrefix)]
-			if !ok {
+			own := builtinTransport(strings.TrimPrefix(args[0], builtinPrefix))
+			if own.Client == nil && own.Server == nil {
 				return fmt.Errorf("%q is not a transport of this tool; it has %s: %w", args[0], strings.Join(builtins(), ", "), ptipc.ExitUsage)
 			}
-			child.MainArgs(args[1:], child.Transport{Client: open})
+			child.MainArgs(args[1:], own)
 			return nil
 		},
 	}
+}
+
+// builtinTransport is a transport that this tool carries, with the sides that it has.
+func builtinTransport(name string) child.Transport {
+	return child.Transport{Client: builtin.Clients[name], Server: builtin.Servers[name]}
 }
 
 // launchCommand is what the host puts before a child's command line.

@@ -38,13 +38,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"maps"
-	"net"
-	"net/url"
 	"os"
 	"os/signal"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,9 +47,7 @@ import (
 	"time"
 
 	"pthost/ptipc"
-	"pthost/ptipc/localnet"
 	"pthost/ptipc/stdio"
-	"pthost/socks"
 )
 
 const (
@@ -67,8 +60,10 @@ const (
 
 // A Transport is what an executable offers.
 type Transport struct {
-	// Client opens the client side.
+	// Client opens the client side; nil if there is none.
 	Client ptipc.TransportFactory
+	// Server is the server side, and generates configurations; nil if there is none.
+	Server *ptipc.ServerFactory
 }
 
 // Main runs the transport as this process: with its arguments, its working
@@ -106,40 +101,102 @@ func Run(ctx context.Context, args []string, dir string, stdin io.Reader, stdout
 	return int(ptipc.ExitCodeOf(err))
 }
 
+// side is what a child does in one role.
+type side interface {
+	// open starts the transport and announces it.
+	open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) error
+	// wait returns when the transport has ended by itself.
+	wait() error
+	// drain stops accepting and lets open connections finish until ctx ends.
+	drain(ctx context.Context)
+	// close ends everything at once, also what open has left half done.
+	close()
+	// stats are those of one connection, or the totals for "" (STAT-3); nil if there are none.
+	stats(client string) any
+}
+
 func run(ctx context.Context, args []string, dir string, stdin io.Reader, stdout io.Writer, t Transport) error {
 	in := stdio.NewReader(stdin)
-	launch, err := parseArgs(ctx, args, in)
+	role, launch, err := parseArgs(ctx, args, in, t)
+	if ctx.Err() != nil {
+		return nil // LIFE-3
+	}
 	if err != nil {
 		return err
 	}
-	c := &child{dir: dir, host: launch.Host, out: stdio.NewWriter(stdout), conns: map[string]ptipc.Conn{}}
+	l := newLink(dir, launch.Host, stdout)
+	if role == roleGenerate {
+		return l.generate(ctx, t.Server, launch.Config, stdout)
+	}
 	if v := launch.Host.Version; len(v) > 0 && !slices.Contains(v, stdio.ProtocolVersion) {
 		return errors.Join(
 			fmt.Errorf("the host speaks versions %v and this transport %d: %w", v, stdio.ProtocolVersion, ptipc.ExitConfig),
-			c.out.Send(stdio.VersionError{Text: "no-version"}))
+			l.out.Send(stdio.VersionError{Text: "no-version"}))
 	}
-	if err := c.out.Send(stdio.Version{Version: strconv.Itoa(stdio.ProtocolVersion)}); err != nil {
+	if err := l.out.Send(stdio.Version{Version: strconv.Itoa(stdio.ProtocolVersion)}); err != nil {
 		return err
 	}
-	if err := c.start(ctx, t, launch.Config); err != nil {
+	env, err := l.env(role)
+	if err != nil {
 		return err
 	}
-	defer c.close()
-	return c.serve(ctx, in)
+	var own side = &client{link: l, factory: t.Client, conns: map[string]ptipc.Conn{}}
+	if role == roleServer {
+		own = &server{link: l, factory: t.Server}
+	}
+	defer own.close()
+	if err := own.open(ctx, launch.Config, env); ctx.Err() != nil && err != nil {
+		return nil // LIFE-3: it was given up
+	} else if err != nil {
+		return err
+	}
+	return serve(ctx, l, in, own)
 }
 
+// serve runs until the host wants the end, or the transport has ended by itself.
+func serve(ctx context.Context, l *link, in *stdio.Reader, own side) error {
+	lines := make(chan error, 1)
+	go func() { lines <- l.readLines(in, own) }()
+	ended := make(chan error, 1)
+	go func() { ended <- own.wait() }()
+
+	select {
+	case err := <-ended:
+		if err == nil {
+			err = errors.New("the transport has ended by itself")
+		}
+		return err
+	case <-lines: // LIFE-2
+		// When SIGTERM comes after the end of input, it means at once (LIFE-3).
+	case <-ctx.Done(): // LIFE-3
+		ctx = context.WithoutCancel(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	own.drain(ctx)
+	return nil
+}
+
+// The roles of ARG-1.
+const (
+	roleClient   = "client"
+	roleServer   = "server"
+	roleGenerate = "generate"
+)
+
 // parseArgs reads [ROLE] CONFIG [HOST] (ARG-1, ARG-2).
-func parseArgs(ctx context.Context, args []string, in *stdio.Reader) (stdio.Launch, error) {
-	var launch stdio.Launch
-	usage := func(format string, a ...any) (stdio.Launch, error) {
-		return launch, fmt.Errorf("%s; usage: [client] CONFIG [HOST], where CONFIG is a JSON object, or - to read it from standard input: %w",
+func parseArgs(ctx context.Context, args []string, in *stdio.Reader, t Transport) (role string, launch stdio.Launch, err error) {
+	role = roleClient
+	usage := func(format string, a ...any) (string, stdio.Launch, error) {
+		return role, launch, fmt.Errorf("%s; usage: [client|server|generate] CONFIG [HOST], where CONFIG is a JSON object, or - to read it from standard input: %w",
 			fmt.Sprintf(format, a...), ptipc.ExitUsage)
 	}
-	if len(args) > 0 && isRole(args[0]) {
-		if args[0] != "client" {
-			return usage("this transport has no %s side", args[0])
-		}
-		args = args[1:]
+	if len(args) > 0 && (args[0] == roleClient || args[0] == roleServer || args[0] == roleGenerate) {
+		role, args = args[0], args[1:]
+	}
+	if role == roleClient && t.Client == nil || role != roleClient && t.Server == nil ||
+		role == roleGenerate && t.Server.GenerateConfig == nil {
+		return usage("this transport has no %s side", role)
 	}
 	switch {
 	case len(args) == 0:
@@ -149,21 +206,20 @@ func parseArgs(ctx context.Context, args []string, in *stdio.Reader) (stdio.Laun
 	case args[0] == "-" && len(args) == 2:
 		return usage("with -, HOST comes from standard input as well")
 	case args[0] == "-":
-		return readLaunch(ctx, in)
+		launch, err = readLaunch(ctx, in)
+		return role, launch, err
 	}
 	launch.Config = ptipc.Opaque(args[0])
 	if err := checkObject(launch.Config); err != nil {
-		return launch, fmt.Errorf("CONFIG: %w: %w", err, ptipc.ExitDataErr)
+		return role, launch, fmt.Errorf("CONFIG: %w: %w", err, ptipc.ExitDataErr)
 	}
 	if len(args) == 2 {
 		if err := launch.Host.UnmarshalJSON([]byte(args[1])); err != nil {
-			return launch, fmt.Errorf("HOST: %w: %w", err, ptipc.ExitDataErr)
+			return role, launch, fmt.Errorf("HOST: %w: %w", err, ptipc.ExitDataErr)
 		}
 	}
-	return launch, nil
+	return role, launch, nil
 }
-
-func isRole(s string) bool { return s == "client" || s == "server" || s == "generate" }
 
 // checkObject holds CONFIG to ARG-3: one JSON object. What its keys mean, and
 // whether one occurs twice, the transport's own decoding says.
@@ -172,7 +228,12 @@ func checkObject(o ptipc.Opaque) error {
 		return errors.New("is empty, not a JSON object")
 	}
 	var object map[string]any
-	return o.Decode(&object)
+	err := o.Decode(&object)
+	var config *ptipc.ConfigError
+	if errors.As(err, &config) && config.Pointer != "" {
+		return nil // inside of the object
+	}
+	return err
 }
 
 // readLaunch waits for the first line of standard input (ARG-4).
@@ -194,100 +255,6 @@ func readLaunch(ctx context.Context, in *stdio.Reader) (stdio.Launch, error) {
 	case <-timer.C:
 		return stdio.Launch{}, fmt.Errorf("no configuration came on standard input in %v: %w", launchTimeout, ptipc.ExitDataErr)
 	case <-ctx.Done():
-		return stdio.Launch{}, fmt.Errorf("no configuration has come on standard input: %w: %w", context.Cause(ctx), ptipc.ExitDataErr)
+		return stdio.Launch{}, context.Cause(ctx)
 	}
-}
-
-// start opens the transport and announces its factories.
-func (c *child) start(ctx context.Context, t Transport, config ptipc.Opaque) error {
-	env := ptipc.Env{Local: c.dir, Status: c.status, Log: c.logger()}
-	if c.host.Proxy != "" {
-		dial, err := proxyDialer(c.host.Proxy)
-		if err != nil {
-			return errors.Join(fmt.Errorf("%w: %w", err, ptipc.ExitUnavailable),
-				c.out.Send(stdio.ProxyError{Text: stdio.OneLine(err.Error())}))
-		}
-		env.DialOut = dial
-		if err := c.out.Send(stdio.ProxyDone{}); err != nil { // PROXY-1
-			return err
-		}
-	}
-	transport, err := t.Client(ctx, config, env)
-	if err == nil && len(transport.Connections) == 0 {
-		err = errors.New("the transport offers no connection factory")
-	}
-	if err != nil {
-		// CFG-1: the host learns the place in the configuration, the operator the text.
-		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
-	}
-	c.transport = transport
-	for i, name := range slices.Sorted(maps.Keys(transport.Connections)) {
-		if err := c.announce(i, name, transport.Connections[name]); err != nil {
-			c.close()
-			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
-		}
-	}
-	return c.out.Send(stdio.CMethodsDone{}) // LINE-7: every announced socket listens by now
-}
-
-// listen opens the i-th socket for the host: in the state directory, or on the
-// loopback (LINE-5, LIFE-11), for nobody but this user and the host's (SOCKS-17).
-func (c *child) listen(i int) (net.Listener, string, error) {
-	uids := []uint32{}
-	if uid := os.Geteuid(); uid >= 0 {
-		uids = append(uids, uint32(uid))
-	}
-	if c.host.UID != nil {
-		uids = append(uids, *c.host.UID)
-	}
-	if c.host.Listen == stdio.ListenUnix {
-		// The host has checked and locked the directory; here its owner is what counts.
-		dir, err := localnet.OpenDir(c.dir)
-		if err != nil {
-			return nil, "", err
-		}
-		c.dirs = append(c.dirs, dir)
-		listener, err := dir.Listen(strconv.Itoa(i) + ".sock")
-		if err != nil {
-			return nil, "", err
-		}
-		return guard(listener, "unix", c.logger(), uids), listener.Addr().String(), nil
-	}
-	listener, err := localnet.ListenTCP("127.0.0.1:0")
-	if err != nil {
-		return nil, "", err
-	}
-	return guard(listener, "tcp", c.logger(), uids), listener.Addr().String(), nil
-}
-
-// proxyDialer makes every connection of the wire through an upstream proxy, and
-// none in any other way (PROXY-1). Errors do not repeat the URL (PROXY-3).
-func proxyDialer(raw string) (func(ctx context.Context, network, addr string) (net.Conn, error), error) {
-	u, err := url.Parse(raw)
-	if err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "" {
-		return nil, errors.New("the upstream proxy has to be socks5://[USER:PASSWORD@]HOST:PORT")
-	}
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if !strings.HasPrefix(network, "tcp") {
-			return nil, fmt.Errorf("the upstream proxy carries TCP, not %s: %w", network, ptipc.ErrNotAllowed)
-		}
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "tcp", u.Host)
-		if err != nil {
-			return nil, fmt.Errorf("upstream proxy: %w", err)
-		}
-		if err := socks.ConnectUpstream(ctx, conn, u.User, addr); err != nil {
-			_ = conn.Close()
-			return nil, fmt.Errorf("upstream proxy: %w", err)
-		}
-		return conn, nil
-	}, nil
-}
-
-// guard keeps other users out where the system can tell them apart.
-func guard(l net.Listener, network string, log *slog.Logger, uids []uint32) net.Listener {
-	if runtime.GOOS != "linux" && !localnet.Supported(network) {
-		return l
-	}
-	return localnet.Guard(l, log, uids...)
 }

@@ -95,12 +95,11 @@ var argCases = []Case{
 	}),
 	must("CFG-2/secret", func(t *trial) {
 		secret := "hunter2" + grease()
-		for _, word := range []string{"secret", "password", "token", "key", "psk", "private"} {
-			for _, value := range []string{`"` + secret + `"`, `{"` + secret + `":1}`, `["` + secret + `"]`} {
-				c := t.start(launch{config: t.suite.withKey(grease()+"_"+word, value)})
-				t.settled(c)
-				t.keepsSecret(c, secret)
-			}
+		values := []string{`"` + secret + `"`, `{"` + secret + `":1}`, `["` + secret + `"]`}
+		for i, word := range []string{"secret", "password", "token", "key", "psk", "private"} {
+			c := t.start(launch{config: t.suite.withKey(grease()+"_"+word, values[i%len(values)])})
+			t.settled(c)
+			t.keepsSecret(c, secret)
 		}
 		c := t.start(launch{config: `{"password":"` + secret + `"`})
 		t.settled(c)

@@ -235,24 +235,36 @@ func (t *trial) settings() string {
 
 // shake runs a handshake step by step, as the simplest of clients would, and
 // returns the code of the reply.
-func (t *trial) shake(c *child, method byte, settings, request []byte) (*wire, byte) {
-	w := t.dial(c)
-	w.send(greeting(method))
-	w.chosen(method)
-	if len(settings) > 0 {
-		w.send(settings)
-	}
-	w.send(request)
+func (t *trial) shake(c *child, h framing, dest string) (*wire, byte) {
+	w := t.settle(c, h)
+	w.send(request(dest))
 	return w, w.reply()
 }
 
-// ask runs the usual handshake.
-func (t *trial) ask(c *child, dest string) (*wire, byte) {
-	if t.suite.subject.Settings.Empty() {
-		return t.shake(c, none, nil, request(dest))
+// begin runs the usual handshake up to the request.
+func (t *trial) begin(c *child) *wire { return t.settle(c, t.usual()) }
+
+// settle sends greeting and settings.
+func (t *trial) settle(c *child, h framing) *wire {
+	w := t.dial(c)
+	w.send(greeting(h.method))
+	w.chosen(h.method)
+	if len(h.bytes) > 0 {
+		w.send(h.bytes)
 	}
-	return t.shake(c, settings, []byte(t.settings()), request(dest))
+	return w
 }
+
+// usual is how the subject's settings are sent when it does not matter.
+func (t *trial) usual() framing {
+	if t.suite.subject.Settings.Empty() {
+		return framing{method: none}
+	}
+	return framing{settings, []byte(t.settings())}
+}
+
+// ask runs the usual handshake.
+func (t *trial) ask(c *child, dest string) (*wire, byte) { return t.shake(c, t.usual(), dest) }
 
 // open runs the usual handshake and demands that it succeeds.
 func (t *trial) open(c *child, dest string) *wire {

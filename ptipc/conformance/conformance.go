@@ -293,7 +293,7 @@ func (s *suite) judge(ctx context.Context, c Case) Result {
 		t.result.Verdict = Held
 	}()
 	<-ended
-	if t.result.Verdict != Held {
+	if t.result.Verdict == FellShort {
 		s.dropShared()
 	}
 	return t.result

@@ -189,6 +189,7 @@ func (u *upstream) serve(ctx context.Context, conn *net.TCPConn, user, password 
 		_ = conn.CloseWrite()
 	}()
 	_, _ = io.Copy(far, conn)
+	_ = far.(*net.TCPConn).CloseWrite()
 	_ = far.SetReadDeadline(time.Now().Add(time.Second)) // the client has what it wanted
 	<-back
 }

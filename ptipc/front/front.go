@@ -97,16 +97,14 @@ func SOCKS5(factory ptipc.ConnectionFactory, settings ptipc.Opaque, log *slog.Lo
 // Forward passes every connection on to dest, which is "" for a bound factory. A
 // connection that cannot be made is reset: the client has no other way to know.
 func Forward(factory ptipc.ConnectionFactory, settings ptipc.Opaque, dest string, log *slog.Logger) Server {
-	ctx, cut := context.WithCancel(context.Background())
-	return &forward{
-		dial: func(ctx context.Context) (net.Conn, error) { return factory.Dial(ctx, settings, dest) },
-		log:  log, ctx: ctx, cut: cut, slots: make(chan struct{}, maxForwards),
-		listeners: map[net.Listener]bool{},
-	}
+	return newForward(log, func(ctx context.Context, _ net.Conn) (net.Conn, error) {
+		return factory.Dial(ctx, settings, dest)
+	})
 }
 
+// forward passes each connection on to what dial connects it with.
 type forward struct {
-	dial  func(ctx context.Context) (net.Conn, error)
+	dial  func(ctx context.Context, client net.Conn) (net.Conn, error)
 	log   *slog.Logger
 	ctx   context.Context
 	cut   context.CancelFunc
@@ -116,6 +114,14 @@ type forward struct {
 	mu        sync.Mutex
 	closing   bool
 	listeners map[net.Listener]bool
+}
+
+func newForward(log *slog.Logger, dial func(ctx context.Context, client net.Conn) (net.Conn, error)) *forward {
+	ctx, cut := context.WithCancel(context.Background())
+	return &forward{
+		dial: dial, log: log, ctx: ctx, cut: cut,
+		slots: make(chan struct{}, maxForwards), listeners: map[net.Listener]bool{},
+	}
 }
 
 func (f *forward) Serve(l net.Listener) error {
@@ -157,14 +163,11 @@ func (f *forward) enter(step func()) bool {
 
 func (f *forward) serve(conn net.Conn) {
 	ctx, cancel := context.WithTimeout(f.ctx, dialTimeout)
-	wire, err := f.dial(ctx)
+	wire, err := f.dial(ctx, conn)
 	cancel()
 	if err != nil {
 		f.log.Warn("a connection could not be forwarded", "err", err)
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0)
-		}
-		_ = conn.Close()
+		_ = relay.Abort(conn)
 		return
 	}
 	if err := relay.Join(f.ctx, conn, wire); err != nil {

@@ -35,13 +35,16 @@ var errAnnounced = errors.New("the child broke the protocol")
 
 // method is one connection factory that a child has announced.
 type method struct {
-	addr  localnet.Addr
+	addr  localnet.Addr // of a client's factory
+	wire  string        // ip:port of a server's wire
 	bound bool
+	proxy bool // a server that connects its clients itself (SRV-2)
 	stats bool
 }
 
 // child is one process, from its start to its end.
 type child struct {
+	role  string
 	proc  *proc.Process
 	dir   *localnet.Dir
 	env   ptipc.Env
@@ -76,7 +79,7 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	c := &child{
-		dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
+		role: s.role, dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
 	c.proc, err = proc.Start(ctx, proc.Spec{
@@ -122,9 +125,12 @@ func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
 	}
 	args = slices.Clone(s.command.Args)
 	if s.command.Plain { // ARG-6
+		if s.role != roleClient {
+			args = append(args, s.role)
+		}
 		return append(args, string(config)), nil, nil
 	}
-	info := stdio.Host{Version: []int{stdio.ProtocolVersion}, Proxy: s.proxy, Listen: stdio.ListenUnix}
+	info := stdio.Host{Version: []int{stdio.ProtocolVersion}, Proxy: s.proxy, Listen: stdio.ListenUnix, Deliver: s.deliver}
 	if runtime.GOOS == "windows" {
 		info.Listen = stdio.ListenTCP
 	}
@@ -134,10 +140,10 @@ func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
 	}
 	if s.command.ConfigArgv {
 		text, err := json.Marshal(info)
-		return append(args, "client", string(config), string(text)), nil, err
+		return append(args, s.role, string(config), string(text)), nil, err
 	}
 	firstLine, err = stdio.Launch{Config: config, Host: info}.Append(nil)
-	return append(args, "client", "-"), bytes.TrimSuffix(firstLine, []byte("\n")), err
+	return append(args, s.role, "-"), bytes.TrimSuffix(firstLine, []byte("\n")), err
 }
 
 // awaitReady waits for CMETHODS DONE, an error, the child's end or ctx, and then
@@ -157,10 +163,12 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 		if !settled {
 			err = errors.Join(err, errors.New("the child ended before it was ready"))
 		}
-		c.gone(ctx, time.Second) // how it goes belongs to the error as well
+		if !errors.Is(err, errAnnounced) {
+			c.gone(ctx, time.Second) // it gave up: how it goes belongs to the error
+		}
 		return err
 	case len(c.methods) == 0:
-		return fmt.Errorf("%w: CMETHODS DONE without a CMETHOD (LINE-7)", errAnnounced)
+		return fmt.Errorf("%w: the end of the announcements came without a CMETHOD or SMETHOD (LINE-7)", errAnnounced)
 	case s.proxy != "" && !c.proxyDone:
 		return fmt.Errorf("%w: no PROXY DONE; its traffic would go around the proxy (PROXY-2)", errAnnounced)
 	}
@@ -172,6 +180,9 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 			m.bound = bound
 			c.methods[name] = m
 		}
+	}
+	if c.role == roleServer {
+		return nil // its sockets are for others
 	}
 	err = c.checkSockets(ctx)
 	if err != nil && ctx.Err() == nil && c.gone(ctx, deathWait) {
@@ -307,7 +318,7 @@ func (c *child) line(line []byte, truncated bool) {
 // silently would hide a transport.
 func (c *child) badAnnouncement(err error) {
 	var parse *stdio.ParseError
-	if errors.As(err, &parse) && parse.Keyword == "CMETHOD" {
+	if errors.As(err, &parse) && (parse.Keyword == "CMETHOD" || parse.Keyword == "SMETHOD") {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if !c.isSettled {
@@ -341,40 +352,64 @@ func (c *child) announcement(message stdio.Message) {
 		c.addErr(fmt.Errorf("the child cannot use the upstream proxy: %s: %w", m.Text, ptipc.ExitUnavailable))
 		c.settle()
 	case stdio.CMethod:
-		if err := c.addMethod(m); err != nil {
-			c.addErr(fmt.Errorf("%w: %w", errAnnounced, err))
-			clear(c.methods)
-			c.settle()
+		if c.role == roleClient {
+			c.add("CMETHOD "+m.Name, m.Name, func() (method, error) { return factoryOf(m) })
+		}
+	case stdio.SMethod:
+		if c.role == roleServer {
+			c.add("SMETHOD "+m.Name, m.Name, func() (method, error) {
+				return method{wire: m.Addr, proxy: m.Args.Proxy(), stats: m.Args.Stats()}, nil
+			})
 		}
 	case stdio.CMethodError:
 		c.addErr(m)
+	case stdio.SMethodError:
+		c.addErr(m)
 	case stdio.CMethodsDone:
-		c.settle()
+		if c.role == roleClient {
+			c.settle()
+		}
+	case stdio.SMethodsDone:
+		if c.role == roleServer {
+			c.settle()
+		}
 	}
 }
 
-func (c *child) addMethod(m stdio.CMethod) error {
+// add keeps what was announced; what must not be announced ends the start.
+func (c *child) add(what, name string, read func() (method, error)) {
+	m, err := read()
+	switch _, twice := c.methods[name]; {
+	case err != nil:
+	case twice:
+		err = errors.New("was announced twice")
+	case len(c.methods) == maxMethods:
+		err = fmt.Errorf("makes more than %d", maxMethods)
+	default:
+		c.methods[name] = m
+		return
+	}
+	c.addErr(fmt.Errorf("%w: %s %w", errAnnounced, what, err))
+	clear(c.methods)
+	c.settle()
+}
+
+// factoryOf checks the announcement of a connection factory.
+func factoryOf(m stdio.CMethod) (method, error) {
 	if m.Protocol != stdio.ProtocolSOCKS5 {
-		return fmt.Errorf("CMETHOD %s has protocol %q; socks5 is the one that is known (LINE-4)", m.Name, m.Protocol)
+		return method{}, fmt.Errorf("has the protocol %q; socks5 is the one that is known (LINE-4)", m.Protocol)
 	}
 	addr, err := localnet.ParseAddr(m.Addr)
 	if err != nil {
-		return fmt.Errorf("CMETHOD %s: %w (LINE-5)", m.Name, err)
+		return method{}, fmt.Errorf("names an address that it must not: %w (LINE-5)", err)
 	}
-	if _, twice := c.methods[m.Name]; twice {
-		return fmt.Errorf("CMETHOD %s was announced twice", m.Name)
-	}
-	if len(c.methods) == maxMethods {
-		return fmt.Errorf("more than %d CMETHOD lines", maxMethods)
-	}
-	c.methods[m.Name] = method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats()}
-	return nil
+	return method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats()}, nil
 }
 
 // sameAs reports whether two children announced the same (LIFE-7). Addresses and
 // extras may differ.
 func (c *child) sameAs(methods map[string]method) bool {
-	return maps.EqualFunc(c.methods, methods, func(a, b method) bool { return a.bound == b.bound })
+	return maps.EqualFunc(c.methods, methods, func(a, b method) bool { return a.bound == b.bound && a.proxy == b.proxy })
 }
 
 // ask sends STATS and waits for the answer, but not long (STAT-3). client is ""

@@ -163,17 +163,14 @@ func (c *Command) Open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) 
 	if err := c.check(env); err != nil {
 		return nil, err
 	}
-	s, err := newSupervisor(c, config, env)
+	s, err := newSupervisor(c, roleClient, config, env)
 	if err != nil {
 		return nil, fmt.Errorf("transport %s: %w", c.name(), err)
 	}
-	first, err := s.start(ctx, nil)
+	first, err := s.run(ctx)
 	if err != nil {
-		s.release()
 		return nil, fmt.Errorf("transport %s: %w", c.name(), err)
 	}
-	s.publish(first)
-	go s.supervise(first)
 	return s.transport(first.methods), nil
 }
 

@@ -22,6 +22,7 @@ import (
 // that the child is given, and the connections made through it.
 type supervisor struct {
 	command *Command
+	role    string
 	config  ptipc.Opaque
 	env     ptipc.Env
 	log     *slog.Logger
@@ -29,6 +30,7 @@ type supervisor struct {
 	dir     *localnet.Dir
 	temp    bool   // the state directory is removed in the end
 	proxy   string // URL of the child's way out; "" is direct
+	deliver string // where a server brings connections (SRV-3); "" for other roles
 	out     *socks.Server
 	meter   relay.Meter
 
@@ -43,13 +45,13 @@ type supervisor struct {
 	err     error // why it ended; nil after Close
 }
 
-func newSupervisor(c *Command, config ptipc.Opaque, env ptipc.Env) (*supervisor, error) {
+func newSupervisor(c *Command, role string, config ptipc.Opaque, env ptipc.Env) (*supervisor, error) {
 	var object map[string]json.RawMessage
 	if err := config.Decode(&object); err != nil { // ARG-3
 		return nil, err
 	}
 	s := &supervisor{
-		command: c, config: config, env: env, log: env.Logger(), proxy: c.Proxy,
+		command: c, role: role, config: config, env: env, log: env.Logger(), proxy: c.Proxy,
 		changed: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
@@ -66,28 +68,25 @@ func newSupervisor(c *Command, config ptipc.Opaque, env ptipc.Env) (*supervisor,
 
 // openState makes the state directory and keeps others out of it (LIFE-8).
 func (s *supervisor) openState() error {
-	path := s.env.Local
-	if path == "" {
-		temp, err := os.MkdirTemp("", "ptipc-")
+	s.path = s.env.Local
+	if s.path == "" {
+		path, err := os.MkdirTemp("", "ptipc-")
 		if err != nil {
 			return err
 		}
-		path, s.temp = temp, true
-	} else if err := os.MkdirAll(path, 0o700); err != nil {
+		s.path, s.temp = path, true
+	} else if err := os.MkdirAll(s.path, 0o700); err != nil {
 		return err
 	}
-	dir, err := localnet.OpenDir(path)
+	dir, err := localnet.OpenDir(s.path)
 	cred := s.command.Credential
 	if cred != nil && errors.Is(err, fs.ErrPermission) {
 		// An earlier run has given it away already.
-		if given, e := localnet.OpenDir(path, cred.UID); e == nil {
+		if given, e := localnet.OpenDir(s.path, cred.UID); e == nil {
 			dir, err = given, nil
 		}
 	}
 	if err != nil {
-		if s.temp {
-			err = errors.Join(err, os.Remove(path))
-		}
 		return err
 	}
 	s.dir, s.path = dir, dir.Path()
@@ -194,6 +193,18 @@ func (s *supervisor) reap(ctx context.Context, c *child) {
 		return
 	}
 	s.event(Event{Kind: Exited, Pid: c.proc.Pid(), Err: c.proc.Err()})
+}
+
+// run starts the first child and its supervision. After an error nothing is left.
+func (s *supervisor) run(ctx context.Context) (*child, error) {
+	first, err := s.start(ctx, nil)
+	if err != nil {
+		s.release()
+		return nil, err
+	}
+	s.publish(first)
+	go s.supervise(first)
+	return first, nil
 }
 
 // publish makes c the child that Dial uses.

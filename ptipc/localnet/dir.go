@@ -99,7 +99,7 @@ func (d *Dir) Close() error {
 	d.mu.Unlock()
 	var err error
 	if lock != nil {
-		err = lock.Close()
+		err = errors.Join(unlock(lock), lock.Close())
 	}
 	return errors.Join(err, d.at.close(), d.root.Close())
 }

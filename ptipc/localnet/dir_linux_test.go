@@ -188,7 +188,6 @@ func fillBacklog(t *testing.T, d *Dir, l *Listener) {
 }
 
 func TestStaleSocketIsReplaced(t *testing.T) {
-	t.Parallel()
 	path := privateDir(t)
 	d := openDir(t, path)
 	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(path, "s"), Net: "unix"})
@@ -209,7 +208,6 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 }
 
 func TestCloseRemovesOnlyItsOwn(t *testing.T) {
-	t.Parallel()
 	path := privateDir(t)
 	d := openDir(t, path)
 	l, err := d.Listen("s")
@@ -250,7 +248,6 @@ func TestCloseRemovesOnlyItsOwn(t *testing.T) {
 
 // Of many who want one name at once, over a dead socket, one gets it, and keeps it.
 func TestListenRace(t *testing.T) {
-	t.Parallel()
 	path := privateDir(t)
 	for range 20 {
 		dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(path, "s"), Net: "unix"})

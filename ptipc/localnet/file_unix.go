@@ -51,6 +51,19 @@ func tryLock(f *os.File) (bool, error) {
 	return err == nil, err
 }
 
+// unlock ends a lock at once. Closing alone would leave it to a process that is
+// being started just now, until that executes its program.
+func unlock(f *os.File) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if closed := raw.Control(func(fd uintptr) { err = unix.Flock(int(fd), unix.LOCK_UN) }); closed != nil {
+		return closed
+	}
+	return err
+}
+
 // exclusively runs f while nobody else makes a socket in the directory, so that
 // a socket that is bound but does not listen yet is not taken for a dead one.
 // The wait is bounded: whoever may open the directory may lock it for ever.
@@ -66,6 +79,7 @@ func (d *Dir) exclusively(f func() error) error {
 			return err
 		}
 		if taken {
+			defer unlock(dir) //nolint:errcheck // closing it ends the lock, too
 			return f()
 		}
 		if time.Now().After(deadline) {

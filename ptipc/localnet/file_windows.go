@@ -40,6 +40,9 @@ func tryLock(f *os.File) (bool, error) {
 	return err == nil, err
 }
 
+// unlock leaves it to Close: a process that is being started inherits no handle.
+func unlock(*os.File) error { return nil }
+
 // exclusively runs f. Directories cannot be locked here: two processes that make
 // the same socket in the same instant are not kept apart.
 func (d *Dir) exclusively(f func() error) error { return f() }

@@ -118,6 +118,8 @@ type player struct {
 }
 
 // start runs a role in another process, and as another user if uid is not 0.
+// Between fork and exec the new process holds every descriptor of this one, so a
+// test that needs a socket to be closed for good must not be parallel to others.
 func start(t *testing.T, uid uint32, role string, args ...string) *player {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
@@ -195,29 +197,20 @@ func openDir(t *testing.T, path string) *Dir {
 	return d
 }
 
-// pair is a connection through l from both ends, dialed by dial.
+// pair is a connection through l from both ends, dialed by dial, which the
+// kernel completes before it is accepted.
 func pair(t *testing.T, l net.Listener, dial func() (net.Conn, error)) (client, server net.Conn) {
 	t.Helper()
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	dialed := make(chan result, 1)
-	go func() {
-		c, err := dial()
-		dialed <- result{c, err}
-	}()
-	server, err := l.Accept()
+	client, err := dial()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { server.Close() })
-	r := <-dialed
-	if r.err != nil {
-		t.Fatal(r.err)
+	t.Cleanup(func() { client.Close() })
+	if server, err = l.Accept(); err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(func() { r.conn.Close() })
-	return r.conn, server
+	t.Cleanup(func() { server.Close() })
+	return client, server
 }
 
 // descriptors is how many this process has open.

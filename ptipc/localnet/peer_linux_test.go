@@ -26,7 +26,6 @@ func listenTCP(t *testing.T, addr string) *net.TCPListener {
 
 // LIFE-11: what other machines can reach is not listened on.
 func TestListenTCPRefuses(t *testing.T) {
-	t.Parallel()
 	for _, addr := range []string{"", ":0", "0.0.0.0:0", "[::]:0", "localhost:0", "192.0.2.1:0", "[::ffff:127.0.0.1]:0", "unix:a"} {
 		if l, err := ListenTCP(addr); !errors.Is(err, ErrAddr) {
 			t.Errorf("ListenTCP(%q) = %v, %v", addr, l, err)
@@ -42,7 +41,6 @@ func TestListenTCPRefuses(t *testing.T) {
 }
 
 func TestDialTCP(t *testing.T) {
-	t.Parallel()
 	l := listenTCP(t, "127.0.0.1:0")
 	addr, err := ParseAddr(l.Addr().String())
 	if err != nil {
@@ -226,7 +224,6 @@ func TestPeerThatLeftIsNotRoot(t *testing.T) {
 
 // After a reset, whoever takes the client's port is not the client.
 func TestPeerAfterReset(t *testing.T) {
-	t.Parallel()
 	l := listenTCP(t, "127.0.0.1:0")
 	// From an address of its own, so that no other program takes the port meanwhile.
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 66, 0, 1)}}

@@ -125,7 +125,7 @@ func compare(turns int, ours, theirs func() (value float64, cpu time.Duration)) 
 // which splices, each in a process of its own. The ratios are Join/io.Copy.
 func BenchmarkBulk(b *testing.B) {
 	logCongestionControl(b)
-	const size = 2 << 30
+	const size = 1 << 30
 	for _, networks := range []string{"tcp-tcp", "unix-tcp", "tcp-unix", "unix-unix"} {
 		for _, streams := range []int{1, 4} {
 			b.Run(fmt.Sprintf("%s/streams=%d", networks, streams), func(b *testing.B) {
@@ -150,7 +150,7 @@ func BenchmarkBulk(b *testing.B) {
 				}
 				ours, theirs := measure("join"), measure("iocopy")
 				for b.Loop() {
-					rate, cpu := compare(7, ours, theirs)
+					rate, cpu := compare(15, ours, theirs)
 					b.ReportMetric(rate, "throughput-ratio")
 					b.ReportMetric(cpu, "cpu/GB-ratio")
 				}
@@ -174,7 +174,7 @@ func blast(c net.Conn, size int) error {
 		return err
 	}
 	_, err := c.Read(buf)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return err

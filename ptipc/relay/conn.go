@@ -16,6 +16,10 @@ type Options struct {
 	// OnClose runs once, after the connection has been closed.
 	OnClose func()
 
+	// Remote, if set, is what RemoteAddr returns: the address of who is really at the
+	// other end, where somebody stands between.
+	Remote net.Addr
+
 	// Ask is consulted by [Conn.Stats] before its own counters: a child process
 	// may know better what went over the wire. false means that it does not know.
 	Ask func() (ptipc.Stats, bool)
@@ -68,7 +72,7 @@ func (c *Conn) Close() error { return c.close(c.raw.Close) }
 
 // Abort closes the connection so that the peer sees a reset, not a clean end,
 // where the socket underneath can say so: TCP can, a unix socket cannot.
-func (c *Conn) Abort() error { return c.close(func() error { return abort(c.raw) }) }
+func (c *Conn) Abort() error { return c.close(func() error { return Abort(c.raw) }) }
 
 func (c *Conn) close(end func() error) error {
 	c.mu.Lock()
@@ -109,7 +113,12 @@ func (c *Conn) Stats() ptipc.Stats {
 func (c *Conn) LocalAddr() net.Addr { return c.raw.LocalAddr() }
 
 // RemoteAddr returns the address of the peer.
-func (c *Conn) RemoteAddr() net.Addr { return c.raw.RemoteAddr() }
+func (c *Conn) RemoteAddr() net.Addr {
+	if c.opts.Remote != nil {
+		return c.opts.Remote
+	}
+	return c.raw.RemoteAddr()
+}
 
 // SetDeadline sets both deadlines.
 func (c *Conn) SetDeadline(t time.Time) error { return c.raw.SetDeadline(t) }
@@ -122,9 +131,9 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadli
 
 type closeWriter interface{ CloseWrite() error }
 
-// abort closes c so that its peer does not take the end for a clean one. Close
+// Abort closes c so that its peer does not take the end for a clean one. Close
 // is called in any case: a conn that embeds one with Abort may add to its Close.
-func abort(c net.Conn) error {
+func Abort(c net.Conn) error {
 	switch c := c.(type) {
 	case interface{ Abort() error }:
 		_ = c.Abort() // Close follows and reports

@@ -176,7 +176,7 @@ func TestMeterDrain(t *testing.T) {
 			t.Errorf("Drain: %v, want %v", err, late)
 		}
 		for _, c := range ends {
-			if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 				t.Fatalf("read after the cut: %v", err)
 			}
 			c.Close()

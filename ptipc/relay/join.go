@@ -8,6 +8,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Join relays bytes between a and b until both directions have ended, and owns
@@ -28,7 +29,7 @@ func Join(ctx context.Context, a, b net.Conn) error {
 	defer a.Close()
 	defer b.Close()
 	if ctx.Err() != nil {
-		_, _ = abort(a), abort(b)
+		_, _ = Abort(a), Abort(b)
 		return fmt.Errorf("relay: not started: %w", context.Cause(ctx))
 	}
 	for _, c := range []net.Conn{a, b} {
@@ -67,27 +68,35 @@ func stream(socket net.Conn) bool {
 
 // A join copies between two conns of which nothing is known but net.Conn.
 type join struct {
-	a, b net.Conn
+	ends [2]end
 
 	mu     sync.Mutex
-	failed error              // why both sides were aborted; nil while they were not
-	reset  map[net.Conn]error // conns on which a write found out that the peer has reset them
+	failed error // why both ends were aborted; nil while they were not
+}
+
+type end struct {
+	net.Conn
+	writing chan struct{} // holds one element during a Write
+	reset   error         // a Write found out that the peer has reset the connection; under writing
 }
 
 func joinConns(ctx context.Context, a, b net.Conn) error {
-	j := &join{a: a, b: b, reset: make(map[net.Conn]error)}
+	j := &join{ends: [2]end{
+		{Conn: a, writing: make(chan struct{}, 1)},
+		{Conn: b, writing: make(chan struct{}, 1)},
+	}}
 	cut := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(cut)
 		j.fail(cutBy(ctx))
 	})
 	back := make(chan error, 1)
-	go func() { back <- j.flow(a, b) }()
-	err := errors.Join(j.flow(b, a), <-back)
+	go func() { back <- j.flow(&j.ends[0], &j.ends[1]) }()
+	err := errors.Join(j.flow(&j.ends[1], &j.ends[0]), <-back)
 	if !stop() {
 		<-cut
 	}
-	if len(j.reset) > 0 {
+	if j.ends[0].reset != nil || j.ends[1].reset != nil {
 		j.fail(err)
 	}
 	if j.failed != nil {
@@ -96,7 +105,7 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	return err
 }
 
-// fail aborts both sides, which ends both flows. The first cause is kept.
+// fail aborts both ends, which ends both flows. The first cause is kept.
 func (j *join) fail(err error) {
 	j.mu.Lock()
 	first := j.failed == nil
@@ -105,55 +114,83 @@ func (j *join) fail(err error) {
 	}
 	j.mu.Unlock()
 	if first {
-		_, _ = abort(j.a), abort(j.b)
+		_, _ = Abort(j.ends[0].Conn), Abort(j.ends[1].Conn)
 	}
 }
 
 // flow copies from src to dst until the end of the stream and passes the end on.
 // An error that it returns leaves the other direction as it is.
-func (j *join) flow(dst, src net.Conn) error {
+func (j *join) flow(dst, src *end) error {
 	rerr, werr := copyConn(dst, src)
 	switch {
 	case werr != nil:
-		return j.writeFailed(dst, werr)
+		return j.writeFailed(werr)
 	case rerr != nil:
 		j.fail(readFailed(rerr))
 		return nil
 	}
-	// A reset is reported once, to whoever comes first. After a write has had it,
-	// a read sees what looks like the end of the stream.
-	j.mu.Lock()
-	err := j.reset[src]
-	j.mu.Unlock()
-	if err != nil {
-		j.fail(err)
+	if err := src.wasReset(); err != nil {
+		j.fail(writeFailed(err))
 		return nil
 	}
-	half, ok := dst.(closeWriter)
+	half, ok := dst.Conn.(closeWriter)
 	if !ok {
 		return nil
 	}
 	if err := half.CloseWrite(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return j.writeFailed(dst, err)
+		return j.writeFailed(err)
 	}
 	return nil
 }
 
-func (j *join) writeFailed(dst net.Conn, err error) error {
-	err = writeFailed(err)
-	switch {
-	case errors.Is(err, syscall.EPIPE), errors.Is(err, io.ErrClosedPipe), errors.Is(err, syscall.ENOTCONN):
-		// The peer takes no more. It may have said all it had to say before, and
-		// that is still to be read: an early answer to a long upload.
-	case errors.Is(err, syscall.ECONNRESET):
-		// The same, but the other direction cannot end cleanly any more.
-		j.mu.Lock()
-		j.reset[dst] = err
-		j.mu.Unlock()
-	default:
-		j.fail(err)
+// writeFailed decides whether the other direction may go on.
+func (j *join) writeFailed(err error) error {
+	failed := writeFailed(err)
+	if !peerIsGone(err) && !errors.Is(err, syscall.ECONNRESET) {
+		j.fail(failed)
 	}
-	return err
+	return failed
+}
+
+// peerIsGone says of an error of a write that the peer takes no more. It may have
+// said all it had to say before, and that is still to be read: an early answer
+// to a long upload. After ECONNRESET there may be something to read as well, but
+// it is no complete stream.
+func peerIsGone(err error) bool {
+	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN) || errors.Is(err, io.ErrClosedPipe)
+}
+
+// resetWait bounds how long the end of a stream is held back because the other
+// direction is in a Write.
+const resetWait = time.Second
+
+// wasReset tells, after a Read has seen the end of the stream, whether it was a
+// reset. The system reports that once. If a Write has had it, a Read sees what
+// looks like a clean end, perhaps before the Write returns; but then it does so
+// at once. A Write that does not is waiting for a peer that is there.
+func (e *end) wasReset() error {
+	patience := time.NewTimer(resetWait)
+	defer patience.Stop()
+	select {
+	case e.writing <- struct{}{}:
+		defer func() { <-e.writing }()
+		return e.reset
+	case <-patience.C:
+		return nil
+	}
+}
+
+func (e *end) Write(p []byte) (int, error) {
+	e.writing <- struct{}{}
+	defer func() { <-e.writing }()
+	n, err := e.Conn.Write(p)
+	if err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	if errors.Is(err, syscall.ECONNRESET) {
+		e.reset = err
+	}
+	return n, err
 }
 
 func readFailed(err error) error { return fmt.Errorf("relay: read: %w", err) }
@@ -176,43 +213,36 @@ var (
 
 // copyConn copies with nothing but Read and Write: io.Copy would look for
 // ReadFrom and WriteTo, see socketOf. The end of the stream is no error.
-func copyConn(dst, src net.Conn) (rerr, werr error) {
+func copyConn(dst, src *end) (rerr, werr error) {
 	idle := idleBuffers.Get().(*[idleSize]byte)
 	defer idleBuffers.Put(idle)
-	for {
-		n, rerr, werr := copyOnce(dst, src, idle[:])
+	for rerr == nil && werr == nil {
+		var n int
+		n, rerr, werr = copyOnce(dst, src, idle[:])
 		if n == idleSize && rerr == nil && werr == nil {
 			rerr, werr = copyBulk(dst, src)
 		}
-		if rerr == io.EOF {
-			return nil, werr
-		}
-		if rerr != nil || werr != nil {
-			return rerr, werr
-		}
 	}
+	if rerr == io.EOF { //nolint:errorlint // wrapped, it is not the end of this stream but of one underneath
+		rerr = nil
+	}
+	return rerr, werr
 }
 
 // copyBulk copies until there is little to copy.
-func copyBulk(dst, src net.Conn) (rerr, werr error) {
+func copyBulk(dst, src *end) (rerr, werr error) {
 	bulk := bulkBuffers.Get().(*[bulkSize]byte)
 	defer bulkBuffers.Put(bulk)
-	for {
-		n, rerr, werr := copyOnce(dst, src, bulk[:])
-		if n < idleSize || rerr != nil || werr != nil {
-			return rerr, werr
-		}
+	for n := bulkSize; n > idleSize && rerr == nil && werr == nil; {
+		n, rerr, werr = copyOnce(dst, src, bulk[:])
 	}
+	return rerr, werr
 }
 
-func copyOnce(dst, src net.Conn, buf []byte) (n int, rerr, werr error) {
+func copyOnce(dst, src *end, buf []byte) (n int, rerr, werr error) {
 	n, rerr = src.Read(buf)
 	if n > 0 {
-		m, err := dst.Write(buf[:n])
-		if err == nil && m < n {
-			err = io.ErrShortWrite
-		}
-		werr = err
+		_, werr = dst.Write(buf[:n])
 	}
 	return n, rerr, werr
 }

@@ -58,7 +58,7 @@ func (p plain) Read(b []byte) (int, error)         { return p.tcp.Read(b) }
 func (p plain) Write(b []byte) (int, error)        { return p.tcp.Write(b) }
 func (p plain) Close() error                       { return p.tcp.Close() }
 func (p plain) CloseWrite() error                  { return p.tcp.CloseWrite() }
-func (p plain) Abort() error                       { return abort(p.tcp) }
+func (p plain) Abort() error                       { return Abort(p.tcp) }
 func (p plain) LocalAddr() net.Addr                { return p.tcp.LocalAddr() }
 func (p plain) RemoteAddr() net.Addr               { return p.tcp.RemoteAddr() }
 func (p plain) SetDeadline(t time.Time) error      { return p.tcp.SetDeadline(t) }
@@ -146,7 +146,7 @@ func mustRead(tb testing.TB, c net.Conn, want string) {
 
 func mustEnd(tb testing.TB, c net.Conn) {
 	tb.Helper()
-	if n, err := c.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		tb.Fatalf("read %d bytes, %v, want the end of the stream", n, err)
 	}
 }

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -155,7 +156,7 @@ func (l *loop) run() {
 			timeout = 0
 		}
 		n, err := unix.EpollWait(l.epfd, events[:], timeout)
-		if err != nil && err != unix.EINTR {
+		if err != nil && !errors.Is(err, unix.EINTR) {
 			panic(fmt.Sprintf("relay: epoll_wait: %v", err)) // the descriptor was closed by a stranger
 		}
 		l.mu.Lock()
@@ -282,30 +283,27 @@ func (l *loop) step(p *pair, i int) bool {
 // fill reads into the flow.
 func (l *loop) fill(p *pair, i int) {
 	f, src := &p.flows[i], &p.legs[i]
-	var n int
-	var err error
 	if f.bulk && !f.copies {
 		f.pipe = l.takePipe()
 	}
+	var n int
+	var err error
 	if f.pipe != nil {
-		n, err = retry(func() (int, error) {
-			n, err := unix.Splice(src.fd, nil, f.pipe.w, nil, spliceSize, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-			return int(n), err
-		})
+		n, err = splice(src.fd, f.pipe.w, spliceSize)
 		if n > 0 {
 			f.inPipe = n
+			f.bulk = n >= chunk
 		} else {
 			l.returnPipe(f)
 		}
-		f.bulk = n >= chunk || err != nil
 	} else {
 		n, err = retry(func() (int, error) { return unix.Read(src.fd, l.scratch[:]) })
 		if n > 0 {
 			f.rest = l.scratch[:n]
+			f.bulk = n == chunk
+			// A short read from a stream has emptied it; what comes then is a new event.
+			f.readable = n == chunk || f.ending
 		}
-		f.bulk = n == chunk
-		// A short read from a stream has emptied it; what comes then is a new event.
-		f.readable = n == chunk || f.ending
 	}
 	switch {
 	case n > 0:
@@ -313,9 +311,9 @@ func (l *loop) fill(p *pair, i int) {
 	case err == nil:
 		f.eof = true
 		f.readable = false
-	case err == unix.EAGAIN:
+	case errors.Is(err, unix.EAGAIN):
 		f.readable = false
-	case err == unix.EINVAL && f.bulk: // not every kernel splices from every kind of TCP
+	case errors.Is(err, unix.EINVAL) && !f.copies: // not every kernel splices from every kind of TCP
 		f.copies = true
 	default:
 		p.failed = readFailed(err)
@@ -329,30 +327,25 @@ func (l *loop) drain(p *pair, i int) {
 		var n int
 		var err error
 		if f.inPipe > 0 {
-			n, err = retry(func() (int, error) {
-				n, err := unix.Splice(f.pipe.r, nil, dst.fd, nil, f.inPipe, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-				return int(n), err
-			})
+			n, err = splice(f.pipe.r, dst.fd, f.inPipe)
 		} else {
 			n, err = retry(func() (int, error) { return unix.Write(dst.fd, f.rest) })
 		}
-		if n > 0 {
+		switch {
+		case n > 0:
 			dst.sent(n)
-			if f.inPipe > 0 {
-				if f.inPipe -= n; f.inPipe == 0 {
-					l.returnPipe(f)
-				}
-			} else {
+			if f.inPipe == 0 {
 				f.rest = f.rest[n:]
+			} else if f.inPipe -= n; f.inPipe == 0 {
+				l.returnPipe(f)
 			}
-			continue
-		}
-		if err == unix.EAGAIN {
+		case errors.Is(err, unix.EAGAIN):
 			l.block(p, i)
 			return
+		default:
+			l.writeFailed(p, i, err)
+			return
 		}
-		l.writeFailed(p, i, err)
-		return
 	}
 	l.dropBuffer(f)
 }
@@ -403,17 +396,11 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 	f, back := &p.flows[i], &p.flows[1-i]
 	f.done = true
 	f.err = writeFailed(err)
-	switch err {
-	case unix.EPIPE, unix.ENOTCONN:
-		// The peer takes no more. It may have said all it had to say before, and
-		// that is still to be read: an early answer to a long upload.
-	case unix.ECONNRESET:
-		// The same, but the other direction cannot end cleanly any more.
+	switch {
+	case peerIsGone(err):
+	case errors.Is(err, unix.ECONNRESET) && !back.done:
 		p.reset = f.err
 		back.readable, back.ending = true, true
-		if back.done {
-			p.failed = p.reset
-		}
 	default:
 		p.failed = f.err
 	}
@@ -479,10 +466,17 @@ func (p *pipe) close() {
 	unix.Close(p.w)
 }
 
-func retry(op func() (int, error)) (int, error) {
+func splice(from, to, n int) (int, error) {
+	return retry(func() (int, error) {
+		moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		return int(moved), err
+	})
+}
+
+func retry(call func() (int, error)) (int, error) {
 	for {
-		n, err := op()
-		if err != unix.EINTR {
+		n, err := call()
+		if !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 	}

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -81,7 +82,7 @@ func noMoreDescriptors(tb testing.TB) (undo func()) {
 		}
 	})
 	tb.Cleanup(undo)
-	if fd, err := unix.Dup(0); err != unix.EMFILE {
+	if fd, err := unix.Dup(0); !errors.Is(err, unix.EMFILE) {
 		tb.Fatalf("dup = %d, %v, want EMFILE", fd, err)
 	}
 	return undo

@@ -6,13 +6,14 @@ import (
 	"strings"
 )
 
-// The ARGS keys that have a meaning (LINE-6).
+// The ARGS keys that have a meaning (LINE-6, SRV-2).
 const (
 	ArgBound = "bound" // bound=1: the factory is bound
 	ArgStats = "stats" // stats=1: the child answers STATS
+	ArgProxy = "proxy" // proxy=1: the server connects its clients itself
 )
 
-// Args are the ARGS of a CMETHOD line in their order. Keys that nobody knows are
+// Args are the ARGS of a CMETHOD or SMETHOD line in their order. Keys that nobody knows are
 // kept, and ignored (LINE-2).
 type Args []KV
 
@@ -31,6 +32,10 @@ func (a Args) Bound() bool { v, _ := a.Get(ArgBound); return v == "1" }
 
 // Stats reports whether the child answers STATS (LINE-6).
 func (a Args) Stats() bool { v, _ := a.Get(ArgStats); return v == "1" }
+
+// Proxy reports whether the server connects its clients itself; otherwise it hands
+// their connections over (SRV-2).
+func (a Args) Proxy() bool { v, _ := a.Get(ArgProxy); return v == "1" }
 
 const argsPrefix = "ARGS:"
 

@@ -61,7 +61,9 @@ type errorText struct {
 	Remedy  string  `json:"remedy,omitempty"`
 }
 
-func (m CMethodError) appendTo(dst []byte) ([]byte, error) {
+func (m CMethodError) appendTo(dst []byte) ([]byte, error) { return m.appendAs(dst, "CMETHOD-ERROR") }
+
+func (m CMethodError) appendAs(dst []byte, keyword string) ([]byte, error) {
 	if err := checkName(m.Name); err != nil {
 		return nil, err
 	}
@@ -85,12 +87,20 @@ func (m CMethodError) appendTo(dst []byte) ([]byte, error) {
 	if err := encoder.Encode(text); err != nil {
 		return nil, err
 	}
-	dst = fmt.Appendf(dst, "CMETHOD-ERROR %s ", m.Name)
+	dst = fmt.Appendf(dst, "%s %s ", keyword, m.Name)
 	return append(dst, bytes.TrimSuffix(b.Bytes(), []byte("\n"))...), nil
 }
 
-// parseCMethodError takes text that is not the JSON of LINE-8 as the message.
-func parseCMethodError(name, text string) CMethodError {
+func parseMethodError(rest string) (CMethodError, error) {
+	name, text, _ := strings.Cut(strings.Trim(rest, " "), " ")
+	if err := checkName(name); err != nil {
+		return CMethodError{}, err
+	}
+	return parseErrorText(name, strings.Trim(text, " ")), nil
+}
+
+// parseErrorText takes text that is not the JSON of LINE-8 as the message.
+func parseErrorText(name, text string) CMethodError {
 	m := CMethodError{Name: name, Class: ptipc.ErrGeneral, Message: text}
 	var t errorText
 	if !strings.HasPrefix(text, "{") || json.Unmarshal([]byte(text), &t) != nil {

@@ -45,9 +45,10 @@ func FuzzParse(f *testing.F) {
 				t.Fatalf("%#v was written as %q and does not read: %v", m, written, err)
 			}
 			// JSON inside a message is written without white space.
-			if reply, ok := m.(stdio.StatsReply); ok {
+			switch m.(type) {
+			case stdio.StatsReply, stdio.CMessage, stdio.SMessage:
 				if written2, err := stdio.Append(nil, again); err != nil || !bytes.Equal(written, written2) {
-					t.Fatalf("%s: written as %q, then as %q: %v", reply.JSON, written, written2, err)
+					t.Fatalf("%q: written as %q, then as %q: %v", line, written, written2, err)
 				}
 				continue
 			}
@@ -135,6 +136,13 @@ func FuzzMask(f *testing.F) {
 				t.Fatalf("%q is masked to %q and then to %q", line, once, twice)
 			}
 		}
+		// A message is hidden whatever stands in it and however it is written.
+		for _, keyword := range []string{"CMESSAGE", " smessage"} {
+			line := []byte(keyword + string(before) + secret + string(after))
+			if once := stdio.Mask(line); bytes.Contains(once, []byte("zQ7")) {
+				t.Fatalf("%q shows as %q", line, once)
+			}
+		}
 	})
 }
 
@@ -166,6 +174,78 @@ func FuzzLaunch(f *testing.F) {
 		}
 		if rewritten, err := again.Append(nil); err != nil || !bytes.Equal(written, rewritten) {
 			t.Fatalf("written as %q, then as %q: %v", written, rewritten, err)
+		}
+	})
+}
+
+// FuzzSignal: no text makes ParseSignal fail badly, an error does not repeat the
+// body, and what was read can be written and reads the same, unless a character of
+// the peer needs more bytes in the one spelling than in the other.
+func FuzzSignal(f *testing.F) {
+	seed(f, "child host", func(b []byte) {
+		_, text, found := bytes.Cut(b, []byte("MESSAGE "))
+		if found && len(text) < 1000 {
+			f.Add(text)
+		}
+	})
+	f.Fuzz(func(t *testing.T, text []byte) {
+		m, err := stdio.ParseSignal(text)
+		if err != nil {
+			if m.Body != nil || m.Peer != "" || len(err.Error()) > 300 {
+				t.Fatalf("%+v with error %v", m, err)
+			}
+			return
+		}
+		if len(text) > stdio.MaxSignal {
+			t.Fatalf("a message of %d bytes was taken", len(text))
+		}
+		written, err := stdio.AppendSignal(nil, m)
+		if err != nil {
+			if 2*len(text) < stdio.MaxSignal {
+				t.Fatalf("%q does not write: %v", text, err)
+			}
+			return
+		}
+		if bytes.ContainsAny(written, "\n\r\x00") {
+			t.Fatalf("more than a line: %q", written)
+		}
+		again, err := stdio.ParseSignal(written)
+		if err != nil {
+			t.Fatal(err)
+		}
+		twice, err := stdio.AppendSignal(nil, again)
+		if err != nil || again.Peer != m.Peer || !bytes.Equal(written, twice) {
+			t.Fatalf("%q: written as %q, then as %q: %v", text, written, twice, err)
+		}
+	})
+}
+
+// FuzzGenerated: no line makes ParseGenerated fail badly, and what was read and can
+// be written reads the same.
+func FuzzGenerated(f *testing.F) {
+	seed(f, "generated", func(b []byte) {
+		if len(b) < 1000 {
+			f.Add(b)
+		}
+	})
+	f.Fuzz(func(t *testing.T, line []byte) {
+		generated, err := stdio.ParseGenerated(line)
+		if err != nil {
+			if len(err.Error()) > 300 {
+				t.Fatal(err)
+			}
+			return
+		}
+		written, err := generated.Append(nil)
+		if err != nil {
+			return
+		}
+		again, err := stdio.ParseGenerated(written)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if twice, err := again.Append(nil); err != nil || !bytes.Equal(written, twice) {
+			t.Fatalf("%q: written as %q, then as %q: %v", line, written, twice, err)
 		}
 	})
 }

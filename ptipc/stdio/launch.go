@@ -10,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"pthost/ptipc"
+	"pthost/ptipc/localnet"
 )
 
 // The values of Host.Listen (ARG-5).
@@ -25,6 +26,7 @@ type Host struct {
 	Listen  string  `json:"listen,omitempty"`  // ListenUnix or ListenTCP; "" leaves it to the child
 	Proxy   string  `json:"proxy,omitempty"`   // URL of the upstream proxy, as it came; a secret (PROXY-3)
 	UID     *uint32 `json:"uid,omitempty"`     // numeric user of the host
+	Deliver string  `json:"deliver,omitempty"` // where a server brings connections: loopback ip:port or unix:NAME (SRV-3)
 }
 
 // UnmarshalJSON ignores keys that it does not know and is strict about the types
@@ -45,6 +47,7 @@ func (h *Host) UnmarshalJSON(b []byte) error {
 		{"listen", &host.Listen, "a string"},
 		{"proxy", &host.Proxy, "a string"},
 		{"uid", &host.UID, "a whole number from 0 to 4294967295"},
+		{"deliver", &host.Deliver, "a string"},
 	} {
 		if raw, ok := keys[key.name]; ok && json.Unmarshal(raw, key.target) != nil {
 			return fmt.Errorf("the key %q of HOST must be %s (ARG-5)", key.name, key.want)
@@ -52,6 +55,11 @@ func (h *Host) UnmarshalJSON(b []byte) error {
 	}
 	if host.Listen != "" && host.Listen != ListenUnix && host.Listen != ListenTCP {
 		return fmt.Errorf("the key %q of HOST must be %q or %q (ARG-5)", "listen", ListenUnix, ListenTCP)
+	}
+	if host.Deliver != "" {
+		if _, err := localnet.ParseAddr(host.Deliver); err != nil {
+			return fmt.Errorf("the key %q of HOST must be unix:NAME or a loopback ip:port (ARG-5, SRV-3)", "deliver")
+		}
 	}
 	*h = host
 	return nil

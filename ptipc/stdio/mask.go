@@ -28,12 +28,20 @@ const masked = "***"
 
 // Mask returns a copy of a line, control line or [Launch], that can go into a
 // trace: the values of keys that speak of a secret, in ARGS, K=V pairs and JSON,
-// and the user and password of URLs are replaced by ***. It errs on the side of
+// the user and password of URLs, and the signals of CMESSAGE and SMESSAGE whole
+// are replaced by ***. It errs on the side of
 // hiding: in free text and in what is not well formed, everything after such a
 // key goes. Masking again changes nothing.
 func Mask(line []byte) []byte { return []byte(mask(string(line))) }
 
 func mask(line string) string {
+	if keyword := messageKeyword(line); keyword != "" {
+		// Only the transport knows what is a secret in the body, so all of it goes.
+		if len(line) > len(keyword) {
+			return keyword + " " + masked
+		}
+		return line
+	}
 	if start := strings.IndexByte(line, '{'); start >= 0 && json.Valid([]byte(line[start:])) {
 		head, cut := maskText(line[:start])
 		if cut {
@@ -57,6 +65,17 @@ func mask(line string) string {
 	}
 	text, _ := maskText(line)
 	return text
+}
+
+// messageKeyword returns the keyword of CMESSAGE and SMESSAGE lines, with the spaces
+// before it, also where the line is not well formed. It is "" for all others.
+func messageKeyword(line string) string {
+	start := len(line) - len(strings.TrimLeft(line, " \t"))
+	end := start + len("CMESSAGE")
+	if len(line) < end || !strings.EqualFold(line[start:end], "CMESSAGE") && !strings.EqualFold(line[start:end], "SMESSAGE") {
+		return ""
+	}
+	return line[:end]
 }
 
 // maskText masks text without structure. cut says that a key took everything

@@ -84,13 +84,16 @@ func parseChild(keyword, rest string) (Message, error) {
 	case "CMETHOD":
 		return parseCMethod(rest)
 	case "CMETHOD-ERROR":
-		name, text, _ := strings.Cut(strings.Trim(rest, " "), " ")
-		if err := checkName(name); err != nil {
-			return nil, err
-		}
-		return parseCMethodError(name, strings.Trim(text, " ")), nil
+		return parseMethodError(rest)
 	case "CMETHODS":
 		return CMethodsDone{}, wantDone(rest)
+	case "SMETHOD":
+		return parseSMethod(rest)
+	case "SMETHOD-ERROR":
+		m, err := parseMethodError(rest)
+		return SMethodError(m), err
+	case "SMETHODS":
+		return SMethodsDone{}, wantDone(rest)
 	case "PROXY":
 		return ProxyDone{}, wantDone(rest)
 	case "LOG":
@@ -99,15 +102,28 @@ func parseChild(keyword, rest string) (Message, error) {
 		return parseStatus(rest)
 	case "STATS":
 		return parseStatsReply(rest)
+	case "CMESSAGE":
+		return parseCMessage(rest)
+	case "SMESSAGE":
+		return parseSMessage(rest)
 	}
 	return Unknown{keyword, rest}, nil
 }
 
 // parseHost knows the keywords of hosts.
 func parseHost(keyword, rest string) (Message, error) {
-	if keyword != "STATS" {
-		return Unknown{keyword, rest}, nil
+	switch keyword {
+	case "STATS":
+		return parseStatsRequest(rest)
+	case "CMESSAGE":
+		return parseCMessage(rest)
+	case "SMESSAGE":
+		return parseSMessage(rest)
 	}
+	return Unknown{keyword, rest}, nil
+}
+
+func parseStatsRequest(rest string) (Message, error) {
 	words := words(rest)
 	if len(words) == 0 {
 		return nil, errors.New("the ID is missing (STAT-3)")
@@ -144,14 +160,7 @@ func parseCMethod(rest string) (Message, error) {
 	if err := checkName(words[0]); err != nil {
 		return nil, err
 	}
-	m := CMethod{Name: words[0], Protocol: words[1], Addr: words[2]}
-	for _, word := range words[3:] {
-		if args, ok := strings.CutPrefix(word, argsPrefix); ok {
-			m.Args = parseArgs(args)
-			break
-		}
-	}
-	return m, nil
+	return CMethod{Name: words[0], Protocol: words[1], Addr: words[2], Args: findArgs(words[3:])}, nil
 }
 
 func parseLog(rest string) (Message, error) {

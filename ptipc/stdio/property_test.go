@@ -34,6 +34,10 @@ var (
 		rapid.StringMatching(`\[::1\]:[1-9][0-9]{0,3}`),
 		rapid.StringMatching(`unix:[A-Za-z_-][A-Za-z0-9._-]{0,63}`),
 	)
+	wireAddr = rapid.OneOf(
+		rapid.StringMatching(`1?[0-9]\.1?[0-9]\.1?[0-9]\.1?[0-9]:[1-9][0-9]{0,3}`),
+		rapid.StringMatching(`\[2001:[1-9a-f]{1,4}::[1-9a-f]{1,4}\]:[1-9][0-9]{0,3}`),
+	)
 	class = rapid.SampledFrom([]ptipc.Class{
 		ptipc.ErrGeneral, ptipc.ErrNotAllowed, ptipc.ErrRefused, ptipc.ErrTimedOut, ptipc.ErrSettingsRefused,
 	})
@@ -41,6 +45,15 @@ var (
 		slog.LevelDebug, slog.LevelInfo, stdio.LevelNotice, slog.LevelWarn, slog.LevelError,
 	})
 )
+
+// signals have bodies of one spelling.
+var signals = rapid.Custom(func(t *rapid.T) ptipc.Message {
+	body, err := json.Marshal(rapid.MapOf(rapid.String(), rapid.String()).Draw(t, "body"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ptipc.Message{Peer: rapid.String().Draw(t, "peer"), Body: body}
+})
 
 func pairs(key, value *rapid.Generator[string]) *rapid.Generator[[]stdio.KV] {
 	return rapid.Custom(func(t *rapid.T) []stdio.KV {
@@ -54,7 +67,7 @@ func pairs(key, value *rapid.Generator[string]) *rapid.Generator[[]stdio.KV] {
 
 // messages makes every message that a child can write.
 var messages = rapid.Custom(func(t *rapid.T) stdio.Message {
-	switch rapid.IntRange(0, 11).Draw(t, "kind") {
+	switch rapid.IntRange(0, 16).Draw(t, "kind") {
 	case 0:
 		return stdio.Version{Version: rapid.StringMatching(`[A-Za-z0-9_-]{1,9}`).Draw(t, "version")}
 	case 1:
@@ -94,6 +107,17 @@ var messages = rapid.Custom(func(t *rapid.T) stdio.Message {
 			m.JSON, _ = json.Marshal(ptipc.TransportStats{Active: rapid.Uint64().Draw(t, "active")})
 		}
 		return m
+	case 11:
+		return stdio.SMethodsDone{}
+	case 12:
+		nonEmpty := argText.Filter(func(s string) bool { return s != "" })
+		return stdio.SMethod{Name: name.Draw(t, "name"), Addr: wireAddr.Draw(t, "addr"), Args: pairs(nonEmpty, argText).Draw(t, "args")}
+	case 13:
+		return stdio.SMethodError{Name: name.Draw(t, "name"), Class: class.Draw(t, "class"), Message: "m" + rapid.String().Draw(t, "message")}
+	case 14:
+		return stdio.CMessage{Message: signals.Draw(t, "signal")}
+	case 15:
+		return stdio.SMessage{Message: signals.Draw(t, "signal")}
 	default:
 		return stdio.Unknown{Keyword: "X-" + name.Draw(t, "keyword"), Rest: text.Draw(t, "rest")}
 	}
@@ -128,16 +152,22 @@ func TestRoundTrip(t *testing.T) {
 	})
 }
 
-// The same for the lines of a host (STAT-3).
+// The same for the lines of a host (STAT-3, SIG-1).
 func TestRoundTripHost(t *testing.T) {
 	client := rapid.StringMatching(`|127\.0\.0\.1:[0-9]{5}|@[0-9a-f]{5}`)
 	rapid.Check(t, func(t *rapid.T) {
-		m := stdio.StatsRequest{ID: rapid.Uint64().Draw(t, "id"), Client: client.Draw(t, "client")}
+		var m stdio.Message = stdio.StatsRequest{ID: rapid.Uint64().Draw(t, "id"), Client: client.Draw(t, "client")}
+		switch rapid.IntRange(0, 2).Draw(t, "kind") {
+		case 1:
+			m = stdio.CMessage{Message: signals.Draw(t, "signal")}
+		case 2:
+			m = stdio.SMessage{Message: signals.Draw(t, "signal")}
+		}
 		line, err := stdio.Append(nil, m)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := stdio.ParseHost(line); err != nil || got != m {
+		if got, err := stdio.ParseHost(line); err != nil || !reflect.DeepEqual(got, m) {
 			t.Fatalf("%#v was written as %q and reads as %#v: %v", m, line, got, err)
 		}
 	})
@@ -153,6 +183,7 @@ func TestRoundTripLaunch(t *testing.T) {
 				Listen:  rapid.SampledFrom([]string{"", stdio.ListenUnix, stdio.ListenTCP}).Draw(t, "listen"),
 				Proxy:   rapid.String().Draw(t, "proxy"),
 				UID:     rapid.Ptr(rapid.Uint32Range(0, math.MaxUint32), true).Draw(t, "uid"),
+				Deliver: rapid.OneOf(rapid.Just(""), addr).Draw(t, "deliver"),
 			},
 		}
 		line, err := launch.Append(nil)
@@ -205,7 +236,10 @@ func TestMaskHidesSecrets(t *testing.T) {
 		}, s)
 
 		var line []byte
-		switch rapid.IntRange(0, 6).Draw(t, "kind") {
+		switch rapid.IntRange(0, 7).Draw(t, "kind") {
+		case 7:
+			body := ptipc.Opaque(`{"a":` + string(encoded) + `}`)
+			line, err = stdio.Append(nil, stdio.CMessage{Message: ptipc.Message{Peer: s, Body: body}})
 		case 0:
 			line, err = stdio.Append(nil, stdio.CMethod{
 				Name: "e", Protocol: stdio.ProtocolSOCKS5, Addr: "unix:s",

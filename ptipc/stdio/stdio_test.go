@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -91,6 +92,15 @@ func TestAppendRefuses(t *testing.T) {
 		"error without a class (LINE-8)": stdio.CMethodError{Name: "e", Message: "m"},
 		"error without a message":        stdio.CMethodError{Name: "e", Class: ptipc.ErrGeneral},
 		"error without a name (LINE-8)":  stdio.CMethodError{Class: ptipc.ErrGeneral, Message: "m"},
+		"server name (SRV-1)":            stdio.SMethod{Name: "a b", Addr: "192.0.2.1:443"},
+		"server port 0 (SRV-1)":          stdio.SMethod{Name: "e", Addr: "192.0.2.1:0"},
+		"server address (SRV-1)":         stdio.SMethod{Name: "e", Addr: "localhost:443"},
+		"server LF (SRV-1)":              stdio.SMethod{Name: "e", Addr: "192.0.2.1:443", Args: stdio.Args{{Key: "a", Value: "b\nc"}}},
+		"server error without a message": stdio.SMethodError{Name: "e", Class: ptipc.ErrGeneral},
+		"body (SIG-1)":                   stdio.CMessage{Message: ptipc.Message{Body: ptipc.Opaque(`[]`)}},
+		"double key in a body (SIG-1)":   stdio.CMessage{Message: ptipc.Message{Body: ptipc.Opaque(`{"a":1,"a":1}`)}},
+		"peer (SIG-2)":                   stdio.SMessage{Message: ptipc.Message{Peer: "\xff"}},
+		"size of a message (SIG-4)":      stdio.SMessage{Message: ptipc.Message{Peer: strings.Repeat("\x00", stdio.MaxSignal/6)}},
 		"empty status (LINE-10)":         stdio.Status{},
 		"status name (LINE-10)":          stdio.Status{Transport: "a b"},
 		"status key (LINE-10)":           stdio.Status{Attrs: []stdio.KV{{Key: "a b", Value: "1"}}},
@@ -222,6 +232,105 @@ func TestCMethodErrorCrosses(t *testing.T) {
 				t.Errorf("%q became %q", err, got)
 			}
 		})
+	}
+}
+
+// The same for servers: a line of its own, and the same answers (SRV-1).
+func TestSMethodErrorCrosses(t *testing.T) {
+	config := &ptipc.ConfigError{Pointer: "/listen", Value: "x", Problem: "is not ip:port", Remedy: "write ip:port"}
+	line, err := stdio.Append(nil, stdio.NewSMethodError("e", config))
+	if err != nil || !strings.HasPrefix(string(line), "SMETHOD-ERROR e {") {
+		t.Fatalf("%q, %v", line, err)
+	}
+	m, err := stdio.Parse(line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, ok := m.(error)
+	var after *ptipc.ConfigError
+	if !ok || !errors.As(got, &after) || *after != *config || !errors.Is(got, ptipc.ErrSettingsRefused) || !strings.HasPrefix(got.Error(), "e: ") {
+		t.Errorf("%v", got)
+	}
+}
+
+// A message of the greatest size goes through whole, whatever it is made of (SIG-4).
+func TestLargestSignal(t *testing.T) {
+	for _, filling := range []string{"x", "<", "&"} {
+		around := len(`{"peer":"p","body":{"a":""}}`)
+		text := strings.Repeat(filling, stdio.MaxSignal-around)
+		m := ptipc.Message{Peer: "p", Body: ptipc.Opaque(`{"a":"` + text + `"}`)}
+		line, err := stdio.Append(nil, stdio.SMessage{Message: m})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := stdio.Parse(line); err != nil || !reflect.DeepEqual(got, stdio.SMessage{Message: m}) {
+			t.Error(err)
+		}
+		m.Peer = "pp"
+		if dst, err := stdio.AppendSignal([]byte("before"), m); err == nil || string(dst) != "before" || !strings.Contains(err.Error(), "SIG-4") {
+			t.Errorf("%.20q, %v", dst, err)
+		}
+	}
+}
+
+// A message without a body has the empty one.
+func TestSignalWithoutBody(t *testing.T) {
+	text, err := stdio.AppendSignal([]byte("before "), ptipc.Message{})
+	if err != nil || string(text) != `before {"body":{}}` {
+		t.Errorf("%q, %v", text, err)
+	}
+}
+
+// Nothing of a body gets into an error, by which it would get into a log.
+func TestSignalErrorsHideTheBody(t *testing.T) {
+	for _, text := range []string{
+		`{"body":{"hunter2":1,"hunter2":1}}`,
+		`{"body":"hunter2"}`,
+		`{"body":{},"hunter2":{}}`,
+		`{"body":{},"peer":{"hunter2":1}}`,
+		`{"body":{"a":hunter2}}`,
+		`hunter2`,
+	} {
+		_, err := stdio.ParseSignal([]byte(text))
+		if err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", text, err)
+		}
+		for _, parse := range []func([]byte) (stdio.Message, error){stdio.Parse, stdio.ParseHost} {
+			if _, err := parse([]byte("CMESSAGE " + text)); err == nil || strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("%s: %v", text, err)
+			}
+		}
+	}
+}
+
+// What cannot be used on the other side is not written, and nothing that was
+// generated is shown (SRV-6).
+func TestGeneratedRefuses(t *testing.T) {
+	good := ptipc.Opaque(`{"secret":"hunter2","server":"192.0.2.1:443"}`)
+	for what, bad := range map[string]ptipc.Opaque{
+		"JSON object":  ptipc.Opaque(`["hunter2"]`),
+		"UTF-8":        ptipc.Opaque("{\"a\":\"hunter2\xff\"}"),
+		"/a~1b/1/port": ptipc.Opaque(`{"a/b":[1,{"port":0,"secret":"hunter2"}]}`),
+		"/server":      ptipc.Opaque(`{"server":"hunter2:0"}`),
+		"1048576":      ptipc.Opaque(`{"a":"hunter2` + strings.Repeat("x", stdio.MaxGenerated) + `"}`),
+	} {
+		for _, g := range []stdio.Generated{{Client: good, Server: bad}, {Client: bad, Server: good}} {
+			dst, err := g.Append([]byte("before"))
+			if err == nil || string(dst) != "before" {
+				t.Fatalf("%s: %.20q, error %v", what, dst, err)
+			}
+			if !strings.Contains(err.Error(), what) || strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	}
+	line, err := stdio.Generated{Client: ptipc.Opaque("{\n \"port\": 10\n}")}.Append(nil)
+	if want := `{"client":{"port":10},"server":{}}` + "\n"; err != nil || string(line) != want {
+		t.Errorf("%q, %v", line, err)
+	}
+	shown := fmt.Sprintf("%v %+v %s", stdio.Generated{Client: good}, stdio.Generated{Client: good}, stdio.Generated{Client: good}.LogValue())
+	if strings.Contains(shown, "hunter2") {
+		t.Error(shown)
 	}
 }
 
@@ -464,6 +573,9 @@ func TestArgs(t *testing.T) {
 	}
 	if v, ok := args.Get("b"); v != "" || ok {
 		t.Errorf("a key that is not there: %q, %t", v, ok)
+	}
+	if server := (stdio.Args{{Key: stdio.ArgProxy, Value: "1"}}); args.Proxy() || !server.Proxy() {
+		t.Errorf("who connects the clients (SRV-2): %t, %t", args.Proxy(), server.Proxy())
 	}
 	if args.Bound() || !args.Stats() {
 		t.Errorf("only the value 1 has a meaning (LINE-6): bound %t, stats %t", args.Bound(), args.Stats())

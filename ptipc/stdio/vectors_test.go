@@ -142,6 +142,18 @@ func describe(m stdio.Message) any {
 			o["config"] = m.Config
 		}
 		return o
+	case stdio.SMethodsDone:
+		return object{"keyword": "SMETHODS DONE"}
+	case stdio.SMethod:
+		return object{"keyword": "SMETHOD", "name": m.Name, "addr": m.Addr, "args": pairs(m.Args)}
+	case stdio.SMethodError:
+		o := describe(stdio.CMethodError(m)).(object)
+		o["keyword"] = "SMETHOD-ERROR"
+		return o
+	case stdio.CMessage:
+		return signal("CMESSAGE", m.Message)
+	case stdio.SMessage:
+		return signal("SMESSAGE", m.Message)
 	case stdio.Log:
 		names := map[slog.Level]string{
 			slog.LevelError: "error", slog.LevelWarn: "warning", stdio.LevelNotice: "notice",
@@ -158,6 +170,14 @@ func describe(m stdio.Message) any {
 		return object{"ignored": m.Keyword, "rest": m.Rest}
 	}
 	return fmt.Sprintf("%T", m)
+}
+
+func signal(keyword string, m ptipc.Message) map[string]any {
+	o := map[string]any{"keyword": keyword, "body": m.Body}
+	if m.Peer != "" {
+		o["peer"] = m.Peer
+	}
+	return o
 }
 
 // sameJSON compares what came out with the text of a vector.
@@ -200,6 +220,8 @@ func TestVectors(t *testing.T) {
 					t.Fatal(err)
 				}
 				sameJSON(t, launch, v.want)
+			case "generated":
+				generatedVector(t, v)
 			case "host-object":
 				var host stdio.Host
 				err := host.UnmarshalJSON(v.bytes)
@@ -242,6 +264,36 @@ func TestVectors(t *testing.T) {
 			}
 		})
 	}
+}
+
+func generatedVector(t *testing.T, v vector) {
+	t.Helper()
+	generated, err := stdio.ParseGenerated(v.bytes)
+	if v.want == "error" {
+		if err == nil || !reflect.DeepEqual(generated, stdio.Generated{}) {
+			t.Fatalf("%s, error %v", generated.Client, err)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameJSON(t, generated, v.want)
+	line, err := generated.Append(nil)
+	if v.refused {
+		if err == nil {
+			t.Errorf("written as %q", line)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := stdio.ParseGenerated(line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameJSON(t, again, v.want)
 }
 
 func lineVector(t *testing.T, v vector, parse func([]byte) (stdio.Message, error)) {

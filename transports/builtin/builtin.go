@@ -12,3 +12,6 @@ import (
 var Clients = map[string]ptipc.TransportFactory{
 	"direct": direct.Open,
 }
+
+// Servers holds the server sides by name.
+var Servers = map[string]*ptipc.ServerFactory{}

@@ -4,7 +4,7 @@
 //	report, err := bench.Run(ctx, bench.Config{
 //		Open:     open,                               // starts the child
 //		Peer:     []string{self, "bench", "bench-peer"}, // a command that calls RunPeer
-//		Duration: 2 * time.Second, Rounds: 3, Conns: 1000,
+//		Duration: time.Second / 2, Rounds: 7, Conns: 1000,
 //	})
 //	if err != nil {
 //		return err

@@ -33,17 +33,17 @@ var abouts = []struct{ column, short, about string }{
 
 // A Report is the outcome of [Run].
 type Report struct {
-	Transport         string             `json:"transport"`
-	ConnectionFactory string             `json:"connection_factory"`
-	Bound             bool               `json:"bound"`
-	Machine           Machine            `json:"machine"`
-	Network           Network            `json:"network"`
-	Rounds            int                `json:"rounds"`
-	Seconds           float64            `json:"seconds"` // that each figure was measured for in each round
-	IdleConns         int                `json:"idle_connections"`
-	Columns           map[string]string  `json:"columns"` // what stands under each key of Values
-	Notes             []string           `json:"notes,omitempty"`
-	Metrics           []*Metric          `json:"metrics"`
+	Transport         string            `json:"transport"`
+	ConnectionFactory string            `json:"connection_factory"`
+	Bound             bool              `json:"bound"`
+	Machine           Machine           `json:"machine"`
+	Network           Network           `json:"network"`
+	Rounds            int               `json:"rounds"`
+	Seconds           float64           `json:"seconds"` // that each figure was measured for in each round
+	IdleConns         int               `json:"idle_connections"`
+	Columns           map[string]string `json:"columns"` // what stands under each key of Values
+	Notes             []string          `json:"notes,omitempty"`
+	Metrics           []*Metric         `json:"metrics"`
 }
 
 // A Machine is what the figures depend on.
@@ -64,11 +64,11 @@ type Network struct {
 
 // A Metric is one figure in all columns where it has been measured.
 type Metric struct {
-	Name           string               `json:"name"` // such as bulk.down.cpu
-	Title          string               `json:"title"`
-	Unit           string               `json:"unit"`
-	HigherIsBetter bool                 `json:"higher_is_better"`
-	Values         map[string]*Series   `json:"values"` // by column
+	Name           string             `json:"name"` // such as bulk.down.cpu
+	Title          string             `json:"title"`
+	Unit           string             `json:"unit"`
+	HigherIsBetter bool               `json:"higher_is_better"`
+	Values         map[string]*Series `json:"values"` // by column
 	// Ratios are the medians of the rounds' ratios: Ratios["child"]["relay"] is the
 	// child's figure divided by the relay's.
 	Ratios map[string]map[string]float64 `json:"ratios"`

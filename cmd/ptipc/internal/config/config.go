@@ -35,7 +35,7 @@ type File struct {
 type Transport struct {
 	Exec   string       `json:"exec,omitempty"`   // a path, a name in PATH, or builtin:NAME
 	Args   []string     `json:"args,omitempty"`   // the executable's own, before ROLE
-	Role   string       `json:"role,omitempty"`   // client
+	Role   string       `json:"role,omitempty"`   // client or server
 	Config ptipc.Opaque `json:"config,omitempty"` // handed to the child as it stands
 	State  string       `json:"state,omitempty"`  // state directory; "" is a temporary one
 
@@ -48,6 +48,9 @@ type Transport struct {
 	Restart      Restart  `json:"restart,omitempty"`
 	StartTimeout Duration `json:"start_timeout,omitempty"`
 	StopTimeout  Duration `json:"stop_timeout,omitempty"`
+
+	Deliver       string `json:"deliver,omitempty"`        // of a server: where its connections go
+	ProxyProtocol bool   `json:"proxy_protocol,omitempty"` // with a PROXY protocol header in front
 
 	Attach map[string]string `json:"attach,omitempty"` // connection factory name to address, in place of Exec
 }
@@ -162,7 +165,9 @@ func (f *File) Validate() error {
 	listens := map[string]bool{}
 	for i, front := range f.Fronts {
 		at := "/fronts/" + strconv.Itoa(i)
-		if _, ok := f.Transports[front.Transport]; !ok {
+		if t, ok := f.Transports[front.Transport]; ok && t.Role == "server" {
+			return &ptipc.ConfigError{Pointer: at + "/transport", Value: strconv.Quote(front.Transport), Problem: "is a server, through which nothing can be sent", Remedy: "name a client"}
+		} else if !ok {
 			return &ptipc.ConfigError{Pointer: at + "/transport", Value: strconv.Quote(front.Transport), Problem: "is not one of the transports", Remedy: "name a key of /transports"}
 		}
 		if listens[front.Listen] && !strings.HasSuffix(front.Listen, ":0") {
@@ -191,7 +196,7 @@ func (t *Transport) Validate() error {
 		return &ptipc.ConfigError{Pointer: "/exec", Value: strconv.Quote(t.Exec), Problem: "has to stand alone: a transport is either started or attached to", Remedy: `give either "exec" or "attach"`}
 	}
 	if err := errors.Join(
-		oneOf("/role", t.Role, "client"),
+		oneOf("/role", t.Role, "client", "server"),
 		oneOf("/config_via", t.ConfigVia, "stdin", "argv"),
 		oneOf("/restart/policy", t.Restart.Policy, "always", "never"),
 	); err != nil {
@@ -199,6 +204,9 @@ func (t *Transport) Validate() error {
 	}
 	if t.Plain && t.ConfigVia == "stdin" {
 		return &ptipc.ConfigError{Pointer: "/config_via", Value: `"stdin"`, Problem: "cannot be had from a plain child", Remedy: `write "argv", or remove "plain"`}
+	}
+	if err := t.validateServer(); err != nil {
+		return err
 	}
 	if t.Plain && t.Proxy != "" {
 		return &ptipc.ConfigError{Pointer: "/proxy", Value: "***", Problem: "cannot be handed to a plain child", Remedy: `remove "plain", or the proxy`}
@@ -213,6 +221,34 @@ func (t *Transport) Validate() error {
 		return &ptipc.ConfigError{Pointer: "/restart/give_up_after", Value: strconv.Itoa(t.Restart.GiveUpAfter), Problem: "is negative", Remedy: "give the number of failures in a row"}
 	}
 	return nil
+}
+
+// validateServer checks what belongs to the role server.
+func (t *Transport) validateServer() error {
+	if t.Role != "server" {
+		if t.Deliver != "" {
+			return &ptipc.ConfigError{Pointer: "/deliver", Value: strconv.Quote(t.Deliver), Problem: "belongs to a server", Remedy: `remove it, or write "role": "server"`}
+		}
+		if t.ProxyProtocol {
+			return &ptipc.ConfigError{Pointer: "/proxy_protocol", Value: "true", Problem: "belongs to a server that delivers", Remedy: "remove it"}
+		}
+		return nil
+	}
+	if len(t.Attach) > 0 {
+		return &ptipc.ConfigError{Pointer: "/attach", Problem: "cannot be done to a server", Remedy: `start it with "exec"`}
+	}
+	if t.ProxyProtocol && t.Deliver == "" {
+		return &ptipc.ConfigError{Pointer: "/proxy_protocol", Value: "true", Problem: "has no service to go to", Remedy: `add "deliver"`}
+	}
+	if t.Deliver == "" {
+		return nil
+	}
+	scheme, rest, _ := strings.Cut(t.Deliver, "://")
+	_, port, err := net.SplitHostPort(rest)
+	if scheme == "unix" && strings.HasPrefix(rest, "/") || scheme == "tcp" && err == nil && port != "" && port != "0" {
+		return nil
+	}
+	return &ptipc.ConfigError{Pointer: "/deliver", Value: strconv.Quote(t.Deliver), Problem: "is not a service to deliver to", Remedy: "write tcp://HOST:PORT or unix:///PATH"}
 }
 
 // Validate checks one front.

@@ -1,0 +1,40 @@
+//go:build !linux
+
+package bench
+
+import (
+	"errors"
+	"io"
+	"math"
+	"net"
+	"os/exec"
+)
+
+// Other systems show times and rates, but no CPU time, memory or descriptors of
+// another process.
+
+type memory struct{ user, fds, kernel float64 }
+
+func memoryOf(int) memory { return memory{math.NaN(), math.NaN(), math.NaN()} }
+
+func cpuTime(int) float64 { return math.NaN() }
+
+func kernel() string { return "" }
+
+// startTied starts a process. Peers of our own end when their standard input does.
+func startTied(cmd *exec.Cmd) error { return cmd.Start() }
+
+const canBlock = false
+
+func blocking(net.Conn) (io.ReadWriteCloser, error) { return nil, errors.ErrUnsupported }
+
+// echo sends everything back.
+func echo(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) }
+
+// EnterNamespace does nothing: only Linux has network namespaces.
+func EnterNamespace(<-chan struct{}) (n Network, code int, done bool, err error) {
+	return Network{Why: "only Linux has them"}, 0, false, nil
+}
+
+// CongestionControl is not known.
+func CongestionControl() string { return "" }

@@ -1,0 +1,131 @@
+package conformance
+
+import (
+	"io/fs"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// lifeCases are about the end of a child, and what it leaves.
+var lifeCases = []Case{
+	must("LIFE-2/idle", func(t *trial) {
+		c := t.ready(launch{})
+		t.closeStdin(c)
+		t.exit(c, "at the end of standard input", 0)
+	}),
+	must("LIFE-2/open-connection", func(t *trial) {
+		t.finishes(t.closeStdin, "at the end of standard input")
+	}),
+	must("LIFE-3/idle", func(t *trial) {
+		c := t.ready(launch{})
+		t.signal(c, syscall.SIGTERM)
+		t.exit(c, "on SIGTERM", 0)
+	}),
+	must("LIFE-3/open-connection", func(t *trial) {
+		t.finishes(func(c *child) { t.signal(c, syscall.SIGTERM) }, "on SIGTERM")
+	}),
+	must("LIFE-3/second", func(t *trial) {
+		t.endsAtOnce(func(c *child) { t.signal(c, syscall.SIGTERM) }, "the first SIGTERM")
+	}),
+	must("LIFE-3/after-end", func(t *trial) {
+		t.endsAtOnce(t.closeStdin, "the end of standard input")
+	}),
+	must("LIFE-8/files", func(t *trial) {
+		c := t.ready(launch{})
+		t.open(c, t.dest(c)).close()
+		t.refusesDest(c, ":1")
+		t.closeStdin(c)
+		t.until(c.ended) // that it does, another case says
+		err := filepath.WalkDir(c.base, func(path string, d fs.DirEntry, err error) error {
+			name, _ := filepath.Rel(c.base, path)
+			switch {
+			case err != nil:
+				return err
+			case name == stateDir:
+				return fs.SkipDir
+			case name == "." || d.IsDir() && isHome(name):
+				return nil
+			}
+			t.fell("files in the working directory alone", "%s beside it", name)
+			return nil
+		})
+		t.need(err)
+	}),
+	must("LIFE-11/loopback", func(t *trial) {
+		c := t.child()
+		t.open(c, t.dest(c))
+		pids, err := c.proc.Pids()
+		t.need(err)
+		addrs, err := listening(pids)
+		t.need(err)
+		for _, addr := range addrs {
+			if !addr.Addr().IsLoopback() {
+				t.fell("listening sockets on loopback addresses alone", "one on %s", addr)
+			}
+		}
+	}),
+}
+
+func isHome(name string) bool {
+	for _, home := range homes {
+		if name == home {
+			return true
+		}
+	}
+	return false
+}
+
+func (t *trial) closeStdin(c *child) {
+	t.showText("stdin > end")
+	c.proc.CloseStdin()
+}
+
+// finishes demands of a child that is asked to stop what LIFE-2 says.
+func (t *trial) finishes(ask func(*child), when string) {
+	c := t.ready(launch{})
+	w := t.open(c, t.dest(c))
+	ask(c)
+	if !t.until(func() bool { return !t.accepts(c) }) {
+		t.fell("no new connections "+when, "they are accepted after %v", t.suite.patience)
+	}
+	if c.ended() {
+		t.fell("an open connection to be finished "+when, "%v", c.proc.Err())
+	}
+	if t.suite.subject.Echoes || !t.method(c).bound() {
+		w.echo("still open")
+	}
+	w.close()
+	t.exit(c, when+", once the open connection has ended", 0)
+}
+
+// endsAtOnce demands that a child which finishes an open connection after first does
+// not do so after SIGTERM.
+func (t *trial) endsAtOnce(first func(*child), what string) {
+	c := t.ready(launch{})
+	t.open(c, t.dest(c))
+	first(c)
+	t.until(func() bool { return !t.accepts(c) }) // that it stops, another case says
+	if c.ended() {
+		t.cannot("the child has ended on %s; another case is about that", what)
+	}
+	t.signal(c, syscall.SIGTERM)
+	if !t.until(c.ended) {
+		t.fell("an exit at once on SIGTERM after "+what, "it still runs after %v", t.suite.patience)
+	}
+}
+
+// accepts reports whether a new connection is served.
+func (t *trial) accepts(c *child) bool {
+	conn, err := connect(t.ctx, c, t.method(c))
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(t.suite.patience))
+	if _, err := conn.Write(greeting(none)); err != nil {
+		return false
+	}
+	n, err := conn.Read(make([]byte, 2))
+	return n > 0 && err == nil
+}
