@@ -1,7 +1,6 @@
 package socks
 
 import (
-	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
@@ -27,7 +26,7 @@ var anywhere = [19]byte{0: addressIPv6}
 // server. It refuses what SOCKS-11 and SOCKS-12 refuse.
 func destination(addr *socks5.AddrSpec, bound bool) (string, error) {
 	if bound { // SOCKS-11
-		if addr.FQDN != "" || addr.Port != 0 || !bytes.Equal(addr.IP, net.IPv6zero) {
+		if addr.FQDN != "" || addr.Port != 0 || string(addr.IP) != string(net.IPv6zero) {
 			return "", fmt.Errorf("socks: a bound transport takes [::]:0 alone as the destination: %w", ptipc.ErrNotAllowed)
 		}
 		return "", nil

@@ -44,7 +44,7 @@ func (s *Server) dial(session *session, r *Request, w *watch) (wire net.Conn, ad
 	if err := s.admit(session, w); err != nil {
 		return nil, false, err
 	}
-	wire, err = s.Dial(ctx, r)
+	wire, err = s.wire(ctx, r)
 	if s.dialled(session) {
 		_ = w.conn.SetReadDeadline(past) // wakes the watch
 		w.ended.Wait()
@@ -57,6 +57,17 @@ func (s *Server) dial(session *session, r *Request, w *watch) (wire net.Conn, ad
 		return nil, true, fmt.Errorf("socks: %w, the client hung up during the dial", errSilent)
 	}
 	return wire, true, err
+}
+
+func (s *Server) wire(ctx context.Context, r *Request) (net.Conn, error) {
+	if s.Take == nil {
+		return s.Dial(ctx, r)
+	}
+	by, err := s.Take(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	return &taken{by: by}, nil
 }
 
 func (w *watch) run() {

@@ -43,7 +43,7 @@ func listen(t testing.TB, network string) (net.Listener, func() net.Conn) {
 		p := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
 		return p, p.dial
 	case "unix":
-		dir, derr := os.MkdirTemp("", "socks") // shorter than t.TempDir, as socket paths must be
+		dir, derr := os.MkdirTemp("", "socks") //nolint:usetesting // t.TempDir is too long for the path of a socket
 		if derr != nil {
 			t.Fatal(derr)
 		}

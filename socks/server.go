@@ -45,9 +45,9 @@ type Request struct {
 	Client net.Conn
 }
 
-// A Server serves the modified SOCKS5. Dial or Take must be set; the zero value of the
-// other fields works. Fields must not change once Serve has been called, and a
-// Server must not be copied.
+// A Server serves the modified SOCKS5. Dial or Take must be set; the zero value
+// of the other fields works. Fields must not change once Serve has been called,
+// and a Server must not be copied.
 type Server struct {
 	// Bound says that there is one destination, which clients do not choose: they
 	// must ask for [::]:0 (SOCKS-11). Otherwise they must name one (SOCKS-12).
@@ -59,7 +59,9 @@ type Server struct {
 
 	// Dial connects to the wire. ctx ends when the client hangs up (SOCKS-14), when
 	// a shutdown cuts connections and when Dial has returned. The class of an error
-	// is the reply (ERR-1).
+	// is the reply (ERR-1). The conn should have CloseWrite: without it the end of
+	// the client's stream cannot be passed on, and a client that has left is noticed
+	// only when the wire sends something or ends.
 	Dial func(ctx context.Context, r *Request) (net.Conn, error)
 
 	// Take, if set, is used in place of Dial by a listener that wants the connections
@@ -230,6 +232,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	left := s.open
 	s.cut(errCut) // ends dials, and relays with a reset (SOCKS-15)
 	for session := range s.early {
+		// One of them may have been told of success already.
+		if socket, ok := session.conn.(interface{ SetLinger(sec int) error }); ok {
+			_ = socket.SetLinger(0) // fails only if it is closed
+		}
 		session.conn.Close()
 	}
 	s.mu.Unlock()
@@ -306,8 +312,8 @@ func (s *Server) dialled(session *session) bool {
 	return watched
 }
 
-// relays takes a session out of those that Shutdown closes itself: closing a
-// socket under a relay would look like a clean end to its peer.
+// relays takes a session out of those that Shutdown closes itself: a relay has
+// the socket now, and resets both of its sides when it is cut.
 func (s *Server) relays(session *session) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -384,7 +390,9 @@ var past = time.Unix(1, 0) // a deadline that ends what is going on
 // an idle connection does not hold their stack.
 func (s *Server) serve(session *session) {
 	client, wire, admitted := s.connect(session)
-	if wire != nil {
+	if t, ok := wire.(*taken); ok {
+		t.by(client)
+	} else if wire != nil {
 		if err := relay.Join(s.ctx, client, wire); err != nil {
 			s.log.Debug("a connection broke", "error", err)
 		}
@@ -472,6 +480,14 @@ func reply(method byte, owed bool, class ptipc.Class) []byte {
 	}
 	return b
 }
+
+// A taken stands for the wire of a connection that Take wants.
+type taken struct {
+	net.Conn // nil: nothing is sent or received here
+	by       func(conn net.Conn)
+}
+
+func (*taken) Close() error { return nil }
 
 // An earlyConn gives what came with the handshake before what is still to come.
 type earlyConn struct {

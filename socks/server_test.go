@@ -529,7 +529,7 @@ func TestShutdownCuts(t *testing.T) {
 	cause := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	first := make(chan error, 1)
-	go func() { first <- s.Shutdown(context.Background()) }() //nolint:usetesting // must not end with the test's context
+	go func() { first <- s.Shutdown(t.Context()) }()
 	<-served
 	cancel(cause)
 	if err := s.Shutdown(ctx); !errors.Is(err, cause) {

@@ -110,26 +110,37 @@ func proxy(ctx context.Context, carrier ptipc.ServerFactory, config ptipc.Opaque
 	if err != nil {
 		return nil, ofCarrier(err)
 	}
+	// FREE-12
+	return serve(listener, c.Egress.Dialer(env.DialOut), env.Logger(), drainTimeout), nil
+}
+
+// serve starts a server that dials by dial and gives streams the time drain when
+// it is closed.
+func serve(listener ptipc.Listener, dial dialFunc, log *slog.Logger, drain time.Duration) *server {
 	s := &server{
 		listener: listener,
-		dial:     c.Egress.Dialer(env.DialOut), // FREE-12
-		log:      env.Logger(),
+		unlisten: sync.OnceValue(listener.Close),
+		dial:     dial,
+		log:      log,
+		drain:    drain,
 		slots:    make(chan struct{}, maxStreams),
 		ended:    make(chan struct{}),
 	}
 	s.closing, s.stop = context.WithCancelCause(context.Background())
 	s.relays, s.cut = context.WithCancelCause(context.Background())
-	s.unlisten = sync.OnceValue(listener.Close)
 	go s.run()
-	return s, nil
+	return s
 }
+
+type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
 
 // A server takes carriers from a listener and joins them to their destinations.
 type server struct {
 	listener ptipc.Listener
 	unlisten func() error
-	dial     func(ctx context.Context, network, addr string) (net.Conn, error)
+	dial     dialFunc
 	log      *slog.Logger
+	drain    time.Duration
 
 	out     relay.Meter // the connections to destinations
 	failed  atomic.Uint64
@@ -175,8 +186,8 @@ func (s *server) Close() error {
 func (s *server) run() {
 	s.err = s.accept()
 	s.stop(errClosed)
-	_ = s.unlisten()                                                   // Close reports it; after a failed accept that one counts
-	timer := time.AfterFunc(drainTimeout, func() { s.cut(errClosed) }) // FREE-14
+	_ = s.unlisten()                                              // Close reports it; after a failed accept that one counts
+	timer := time.AfterFunc(s.drain, func() { s.cut(errClosed) }) // FREE-14
 	s.streams.Wait()
 	timer.Stop()
 	s.cut(errClosed)
@@ -198,7 +209,7 @@ func (s *server) accept() error {
 			pause = 0
 			s.streams.Go(func() {
 				defer func() { <-s.slots }()
-				s.serve(carrier)
+				s.carry(carrier)
 			})
 			continue
 		}
@@ -228,7 +239,7 @@ func passing(err error) bool {
 	return errors.As(err, &errno) && errno != syscall.EBADF && errno != syscall.EINVAL && errno != syscall.ENOTSOCK
 }
 
-func (s *server) serve(carrier net.Conn) {
+func (s *server) carry(carrier net.Conn) {
 	stop := context.AfterFunc(s.closing, func() { _ = carrier.Close() }) // wakes whatever waits for it
 	wire, early, err := s.connect(carrier)
 	if err != nil {

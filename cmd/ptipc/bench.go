@@ -114,9 +114,10 @@ func (f *benchFlags) run(cmd *cobra.Command, o *options, exe, configText string)
 	if err := f.check(); err != nil {
 		return err
 	}
+	ctx := cmd.Context()
 	network := bench.Network{Why: "the far end, or the proxy, is reached through the network that is there"}
 	if f.listen == "" && f.proxy == "" {
-		n, code, done, err := bench.EnterNamespace(cmd.Context().Done())
+		going, n, code, done, err := bench.EnterNamespace(ctx)
 		if err != nil {
 			return err
 		}
@@ -126,7 +127,7 @@ func (f *benchFlags) run(cmd *cobra.Command, o *options, exe, configText string)
 		if done {
 			return nil
 		}
-		network = n
+		ctx, network = going, n
 	}
 	network.CongestionControl = bench.CongestionControl()
 
@@ -155,8 +156,8 @@ func (f *benchFlags) run(cmd *cobra.Command, o *options, exe, configText string)
 	if c.Open, err = f.child(opener, exe, configText, state); err != nil {
 		return err
 	}
-	report, err := bench.Run(cmd.Context(), c)
-	if cmd.Context().Err() != nil {
+	report, err := bench.Run(ctx, c)
+	if ctx.Err() != nil {
 		return fmt.Errorf("interrupted, and there is no report: %w", ptipc.ExitTempFail)
 	}
 	if err != nil {

@@ -34,6 +34,9 @@ func TestBench(t *testing.T) {
 		t.Errorf("the report does not say where the connections ran: %+v", report.Network)
 	}
 	all := []string{bench.ChildDial, bench.ChildWire, bench.Direct, bench.Relay, bench.SOCKS5, bench.SOCKS5OneWrite}
+	if runtime.GOOS != "windows" {
+		all = append(all, bench.RelayUnix) // the child has a unix socket there
+	}
 	processes := []string{bench.ChildDial, bench.Relay}
 	want := map[string][]string{
 		"bulk.down": {bench.ChildDial, bench.Direct, bench.Relay},
@@ -53,6 +56,7 @@ func TestBench(t *testing.T) {
 		for _, name := range []string{"bulk.down.cpu", "bulk.up.cpu", "dial.1.cpu", "dial.16.cpu", "rtt.cpu"} {
 			want[name] = processes
 		}
+		want["dial.1.caller_cpu"], want["dial.16.caller_cpu"] = all, all
 		want["rtt.blocking.p50"] = []string{bench.ChildWire, bench.Direct, bench.Relay, bench.SOCKS5}
 		want["rtt.blocking.p99"] = want["rtt.blocking.p50"]
 		want["rtt.blocking.cpu"] = []string{bench.ChildWire, bench.Relay}

@@ -255,12 +255,16 @@ func TestDrain(t *testing.T) {
 func TestTermWhileDraining(t *testing.T) {
 	echo := server(t)
 	r := run(t, test, ".", "{}")
-	conn, err := connect(t, "tcp", r.ready()["free"], "", echo)
+	addr := r.ready()["free"]
+	conn, err := connect(t, "tcp", addr, "", echo)
 	if err != nil {
 		t.Fatal(err)
 	}
 	talk(t, conn, "before")
 	r.stdin.Close()
+	for err == nil { // until it drains
+		_, err = connect(t, "tcp", addr, "", echo)
+	}
 	r.term()
 	r.exits(ptipc.ExitOK)
 	_ = conn.SetDeadline(time.Now().Add(patience))

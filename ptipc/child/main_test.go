@@ -57,7 +57,7 @@ func openTest(_ context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Tra
 type running struct {
 	t      *testing.T
 	stdin  *io.PipeWriter
-	lines  *bufio.Scanner
+	lines  chan string      // closed at their end
 	stderr *strings.Builder // once it has ended
 	term   context.CancelFunc
 	ended  chan struct{}
@@ -70,10 +70,17 @@ func run(t *testing.T, transport child.Transport, dir string, args ...string) *r
 	out, stdout := io.Pipe()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	r := &running{
-		t: t, stdin: in, lines: bufio.NewScanner(out), stderr: new(strings.Builder),
+		t: t, stdin: in, lines: make(chan string, 10000), stderr: new(strings.Builder),
 		term: cancel, ended: make(chan struct{}),
 	}
-	r.lines.Buffer(nil, 1<<20)
+	go func() { // LIFE-10: whether the test wants them or not
+		defer close(r.lines)
+		lines := bufio.NewScanner(out)
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			r.lines <- lines.Text()
+		}
+	}()
 	go func() {
 		defer close(r.ended)
 		r.code = child.Run(ctx, args, dir, stdin, stdout, r.stderr, transport)
@@ -82,7 +89,6 @@ func run(t *testing.T, transport child.Transport, dir string, args ...string) *r
 	t.Cleanup(func() {
 		in.Close()
 		cancel()
-		go io.Copy(io.Discard, out) //nolint:errcheck // until the child ends
 		<-r.ended
 	})
 	return r
@@ -99,11 +105,12 @@ func (r *running) say(lines string) {
 // line is the child's next control line.
 func (r *running) line() string {
 	r.t.Helper()
-	if !r.lines.Scan() {
+	line, ok := <-r.lines
+	if !ok {
 		<-r.ended
 		r.t.Fatalf("the child wrote no more lines; exit code %d, %s", r.code, r.stderr)
 	}
-	return r.lines.Text()
+	return line
 }
 
 // until returns the lines up to one that begins with a word, this one included.
@@ -132,8 +139,8 @@ func (r *running) ready() map[string]string {
 
 // exit waits for the end and returns what was still written, and the code.
 func (r *running) exit() (lines []string, code int) {
-	for r.lines.Scan() {
-		lines = append(lines, r.lines.Text())
+	for line := range r.lines {
+		lines = append(lines, line)
 	}
 	<-r.ended
 	return lines, r.code

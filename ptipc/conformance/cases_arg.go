@@ -16,10 +16,7 @@ import (
 // argCases are about the command line and the configuration.
 var argCases = []Case{
 	must("LIFE-1/ready", func(t *trial) {
-		c := t.start(launch{})
-		if !t.settled(c) {
-			t.fell("a CMETHOD and CMETHODS DONE", "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
-		}
+		t.ready(launch{})
 	}),
 	must("ARG-2/no-role", func(t *trial) {
 		t.starts(launch{args: []string{t.suite.config()}})

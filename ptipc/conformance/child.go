@@ -274,14 +274,28 @@ func (t *trial) settled(c *child) bool {
 	return c.done() && len(c.methods()) > 0
 }
 
-// ready starts a child that has to get ready. When it does not, the case cannot
-// run: LIFE-1 has one for that.
+// ready starts a child and waits until it is ready. One that gets ready with its own
+// arguments but not with these is no fault of its own making.
 func (t *trial) ready(l launch) *child {
+	usual := l.args == nil && l.config == "" && l.host == nil && l.files == 0
+	if usual && t.suite.unready {
+		t.cannot("the child did not get ready before")
+	}
 	c := t.start(l)
-	if !t.settled(c) {
+	t.isReady(c, usual)
+	return c
+}
+
+func (t *trial) isReady(c *child, usual bool) {
+	switch {
+	case t.settled(c):
+	case usual:
+		// Once is enough to know; a child that hangs would take all patience each time.
+		t.suite.unready = true
+		t.fell("a CMETHOD and CMETHODS DONE", "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
+	default:
 		t.cannot("the child did not get ready%s", t.whyNot(c))
 	}
-	return c
 }
 
 func (t *trial) whyNot(c *child) string {
@@ -294,6 +308,9 @@ func (t *trial) whyNot(c *child) string {
 // child is the child that cases share which leave it as it was.
 func (t *trial) child() *child {
 	s := t.suite
+	if s.unready {
+		t.cannot("the child did not get ready before")
+	}
 	if s.shared != nil && s.shared.ended() {
 		s.dropShared()
 	}
@@ -301,11 +318,9 @@ func (t *trial) child() *child {
 		c, err := s.start(t.ctx, launch{})
 		t.need(err)
 		s.shared = c
-		if !t.settled(c) {
-			t.cannot("the child did not get ready%s", t.whyNot(c))
-		}
 	}
 	t.children = append(t.children, s.shared)
+	t.isReady(s.shared, true)
 	return s.shared
 }
 

@@ -243,6 +243,7 @@ type suite struct {
 	base     string    // everything that the run writes is in here
 	echo     *farEnd   // the destination of a free transport
 	shared   *child    // for cases that leave a child as it was; nil if none runs
+	unready  bool      // a child did not get ready as it is usually started
 	lines    []outLine // what all children have written on standard output
 }
 

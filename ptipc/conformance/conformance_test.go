@@ -1,9 +1,15 @@
 package conformance_test
 
 import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -35,26 +41,202 @@ func faultySubject(t *testing.T, fault string) conformance.Subject {
 	return conformance.Subject{Path: self, Args: []string{asFaulty, fault}}
 }
 
-func TestGood(t *testing.T) {
-	conformance.Test(t, faultySubject(t, ""), conformance.Options{})
-	_ = slices.Equal([]string{}, nil)
-	_, _ = strings.Cut, ptipc.Opaque{}
+func run(t *testing.T, s conformance.Subject, o conformance.Options) conformance.Report {
+	t.Helper()
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		testpeer.Skip(t, "some cases look at sockets in Linux's /proc and connect as another user, which takes root")
+	}
+	report, err := conformance.Run(t.Context(), s, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// want compares the names of the cases with a verdict with what they should be.
+func want(t *testing.T, report conformance.Report, v conformance.Verdict, names ...string) {
+	t.Helper()
+	got := report.Names(v)
+	slices.Sort(names)
+	slices.Sort(got)
+	if !slices.Equal(got, names) {
+		t.Errorf("%s:\n\t%s\nwant\n\t%s\n%s", v, strings.Join(got, "\n\t"), strings.Join(names, "\n\t"), report)
+	}
+}
+
+// What has no case to run with a free child without a key in its configuration.
+var (
+	withoutKeys = []string{"CFG-2/twice", "CFG-2/wrong-case"}
+	withoutLogs = []string{"LINE-9/log", "LINE-10/status"}
+	ofBound     = []string{"SOCKS-11/anywhere", "SOCKS-11/elsewhere"}
+	ofFree      = []string{
+		"SOCKS-12/nowhere", "SOCKS-13/name", "SOCKS-14/hang-up", "SOCKS-14/end-without-early-data", "SOCKS-14/end-after-early-data",
+		"SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/broken-far-end", "SOCKS-15/broken-client",
+		"ERR-1/refused", "ERR-1/unknown-name", "ERR-2/same-class", "PROXY-1/failing", "PROXY-3/name",
+	}
+	ofExtended = []string{
+		"ARG-2/client", "ARG-4/standard-input", "ARG-4/no-role", "ARG-4/largest", "ARG-4/too-large", "ARG-4/not-json", "ARG-4/no-line",
+		"ARG-5/unknown-keys", "ARG-5/listen-unix", "LINE-3/no-version", "SOCKS-17/other-user-unix", "SOCKS-17/socket-mode",
+		"SOCKS-17/host-user", "PROXY-1/done-first", "PROXY-1/not-around", "PROXY-1/failing", "PROXY-1/unreachable", "PROXY-1/unusable",
+		"PROXY-3/name", "PROXY-3/password", "PROXY-3/secret",
+	}
+	ofStats = []string{
+		"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id", "LINE-1/cr",
+	}
+)
+
+func TestWithoutFault(t *testing.T) {
+	t.Parallel()
+	report := run(t, faultySubject(t, ""), conformance.Options{})
+	want(t, report, conformance.FellShort)
+	want(t, report, conformance.NotRun, slices.Concat(withoutKeys, withoutLogs, ofBound)...)
+	if !report.OK() {
+		t.Error("the report is not OK")
+	}
+}
+
+// echoServer is the far end of a bound child.
+func echoServer(t *testing.T) (addr string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				_, _ = io.Copy(conn, conn)
+			}()
+		}
+	}()
+	t.Cleanup(func() { l.Close(); <-ended })
+	return l.Addr().String()
+}
+
+func boundSubject(t *testing.T, fault string) conformance.Subject {
+	t.Helper()
+	s := faultySubject(t, fault)
+	s.Config = ptipc.Opaque(`{"server":"` + echoServer(t) + `"}`)
+	s.Echoes = true
+	return s
+}
+
+func TestBoundWithoutFault(t *testing.T) {
+	t.Parallel()
+	report := run(t, boundSubject(t, ""), conformance.Options{})
+	want(t, report, conformance.FellShort)
+	want(t, report, conformance.NotRun, slices.Concat(withoutLogs, ofFree)...)
+}
+
+// Each fault makes the cases fall short that are about it, and no other.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	withSettings := []string{
+		"SOCKS-2/no-reply-between", "SOCKS-3/largest", "SOCKS-4/largest", "SOCKS-4/white-space", "SOCKS-19/empty",
+		"SOCKS-5/one-segment", "SOCKS-5/byte-by-byte", "SOCKS-5/two-segments", "ERR-2/same-class",
+		"SOCKS-4/end-of-object", "SOCKS-4/deepest", "SOCKS-6/unknown-key",
+	}
+	_ = withSettings
+	for _, tt := range []struct {
+		fault string
+		fells []string
+	}{
+		{"never ready", []string{"LIFE-1/ready", "ARG-2/no-role", "ARG-2/client", "ARG-4/no-role", "ARG-4/largest", "ARG-5/unknown-keys", "PROXY-1/unreachable"}},
+		{"exits with 1 for bad JSON", []string{"ARG-3/not-an-object", "LIFE-9/exit-code", "LIFE-9/standard-error"}},
+		{"takes any length of configuration", []string{"ARG-4/too-large"}},
+		{"knows all keys of HOST", []string{"ARG-5/unknown-keys"}},
+		{"exits with 1 for a bad configuration", []string{"CFG-1/refused", "LIFE-9/exit-code"}},
+		{"repeats a secret", []string{"CFG-2/secret"}},
+		{"takes every key", []string{"CFG-2/unknown-key"}},
+		{"CMETHOD-ERROR without JSON", []string{"CFG-2/place", "LINE-8/method-error"}},
+
+		{"no VERSION", []string{"LINE-3/version-first"}},
+		{"VERSION late", []string{"LINE-3/version-first"}},
+		{"CMETHOD of another protocol", []string{"LINE-4/form"}},
+		{"announces a public address", []string{"LINE-5/address"}},
+		{"ARGS with a bad escape", []string{"LINE-6/args"}},
+		{"done before it listens", []string{"LINE-7/listening"}},
+		{"LOG with a bad escape", []string{"LINE-9/log"}},
+		{"stops reading at an over-long line", []string{"LINE-1/skipped"}},
+		{"does not drop CR", []string{"LINE-1/cr"}},
+		{"dies of an unknown keyword", []string{"LINE-2/unknown-keyword"}},
+
+		{"ignores the end of stdin", []string{"LIFE-2/idle", "LIFE-2/open-connection", "LIFE-3/after-end"}},
+		{"cuts at the end", []string{"LIFE-2/open-connection", "LIFE-3/open-connection"}},
+		{"exits with 1 at the end", []string{"LIFE-2/idle", "LIFE-2/open-connection", "LIFE-3/idle", "LIFE-3/open-connection"}},
+		{"ignores SIGTERM", []string{"LIFE-3/idle", "LIFE-3/open-connection", "LIFE-3/second"}},
+		{"ignores the second SIGTERM", []string{"LIFE-3/second", "LIFE-3/after-end"}},
+		{"leaves a file outside", []string{"LIFE-8/files"}},
+		{"listens everywhere", []string{"LIFE-11/loopback"}},
+
+		{"prefers no settings", []string{"SOCKS-1/settings-win"}},
+		{"takes any method", []string{"SOCKS-1/none-known"}},
+		{"replies to settings", withSettings},
+		{"takes 4 KiB of settings", []string{"SOCKS-3/largest", "SOCKS-4/largest"}},
+		{"counts braces in strings", []string{"SOCKS-4/end-of-object"}},
+		{"takes no pipelining", []string{"SOCKS-5/one-segment", "SOCKS-5/two-segments"}},
+		{"takes the greeting for one segment", []string{"SOCKS-5/byte-by-byte", "SOCKS-5/two-segments"}},
+		{"waits for the request to refuse settings", []string{"SOCKS-3/promised", "SOCKS-4/too-deep", "SOCKS-6/too-large", "SOCKS-6/not-json"}},
+		{"takes any command", []string{"SOCKS-7/commands"}},
+		{"tells its bound address", []string{"SOCKS-8/bound-address"}},
+		{"one handshake at a time", []string{"SOCKS-9/others-go-on"}},
+		{"stops accepting without descriptors", []string{"SOCKS-10/out-of-descriptors"}},
+		{"dials nowhere", []string{"SOCKS-12/nowhere"}},
+		{"does not see a hang-up", []string{"SOCKS-14/hang-up", "SOCKS-14/end-without-early-data"}},
+		{"takes a half-close for a hang-up", []string{"SOCKS-14/end-after-early-data"}},
+		{"ends both directions at once", []string{"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk"}},
+		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client"}},
+		{"lets everybody in", []string{"SOCKS-17/other-user"}},
+		{"open unix socket", []string{"SOCKS-17/socket-mode"}},
+		{"does not let the host in", []string{"SOCKS-17/host-user"}},
+		{"general failures alone", []string{"ERR-1/refused", "ERR-2/same-class"}},
+
+		{"no PROXY DONE", []string{"PROXY-1/done-first"}},
+		{"goes around the proxy", []string{"PROXY-1/not-around", "PROXY-1/failing", "PROXY-1/unreachable", "PROXY-3/name", "PROXY-3/password"}},
+		{"looks names up", []string{"PROXY-3/name"}},
+		{"keeps the password from the proxy", []string{"PROXY-3/password"}},
+		{"tells the password of the proxy", []string{"PROXY-3/secret"}},
+
+		{"counts nothing", []string{"STAT-1/connection", "STAT-2/totals"}},
+		{"statistics of what it does not know", []string{"STAT-3/unknown", "STAT-3/gone"}},
+		{"never forgets", []string{"STAT-3/gone"}},
+		{"numbers STATS by itself", []string{
+			"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id",
+			"LINE-1/cr", "LINE-1/skipped", "LINE-2/unknown-keyword",
+		}},
+	} {
+		t.Run(tt.fault, func(t *testing.T) {
+			t.Parallel()
+			report := run(t, faultySubject(t, tt.fault), conformance.Options{Patience: 2 * time.Second})
+			want(t, report, conformance.FellShort, tt.fells...)
+		})
+	}
+	_, _, _, _ = bytes.Equal, json.Marshal, errors.Is, ofExtended
+	_ = ofStats
 }
 
 func TestRawChild(t *testing.T) {
-	conformance.Test(t, conformance.Subject{
-		Path:  testpeer.Need(t, "python3"),
-		Args:  []string{"/work/main/testdata/children/rawchild.py"},
-		Plain: true,
-	}, conformance.Options{})
+	t.Parallel()
+	script, err := filepath.Abs("../../testdata/children/rawchild.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conformance.Test(t, conformance.Subject{Path: testpeer.Need(t, "python3"), Args: []string{script}, Plain: true}, conformance.Options{})
 }
 
 func TestDirect(t *testing.T) {
+	t.Parallel()
 	tool := filepath.Join(t.TempDir(), "ptipc")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", tool, "pthost/cmd/ptipc")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
 	conformance.Test(t, conformance.Subject{Path: tool, Args: []string{"transport", "direct"}}, conformance.Options{})
-	_ = time.Now
 }

@@ -535,9 +535,6 @@ func (f *faulty) settings(r *bufio.Reader, method byte) byte {
 		if _, err := io.ReadFull(r, text); err != nil {
 			return settingsEnd(err)
 		}
-		if string(text) == "null" {
-			return 0
-		}
 	} else if text, err = f.rawObject(r, largest); err != nil {
 		return settingsEnd(err)
 	}
@@ -713,8 +710,13 @@ func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
 		return nil, fmt.Errorf("proxy: %w", err)
 	}
 	host, portText, _ := net.SplitHostPort(dest)
-	if ips, err := net.DefaultResolver.LookupHost(ctx, host); f.is("looks names up") && err == nil {
-		host = ips[0]
+	if f.is("looks names up") {
+		ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip4", host)
+		if err != nil {
+			conn.Close()
+			return nil, err
+		}
+		host = ips[0].Unmap().String()
 	}
 	port, _ := strconv.Atoi(portText)
 	to := append([]byte{3, byte(len(host))}, host...)

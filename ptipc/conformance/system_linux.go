@@ -36,12 +36,12 @@ func listening(pids []int) ([]netip.AddrPort, error) {
 	}
 	var found []netip.AddrPort
 	for _, pid := range pids {
-		sockets, err := tcpSockets(pid)
+		sockets, err := tcpSockets(pid, stateListening)
 		if err != nil {
 			continue // the process has just ended
 		}
 		for _, s := range sockets {
-			if s.state == stateListening && own[s.inode] {
+			if own[s.inode] {
 				found = append(found, s.local)
 			}
 		}
@@ -52,9 +52,9 @@ func listening(pids []int) ([]netip.AddrPort, error) {
 
 // dialing reports whether somebody is about to connect to an address.
 func dialing(pid int, to netip.AddrPort) (bool, error) {
-	sockets, err := tcpSockets(pid)
+	sockets, err := tcpSockets(pid, stateConnecting)
 	for _, s := range sockets {
-		if s.state == stateConnecting && s.remote == to {
+		if s.remote == to {
 			return true, nil
 		}
 	}
@@ -63,11 +63,11 @@ func dialing(pid int, to netip.AddrPort) (bool, error) {
 
 type tcpSocket struct {
 	local, remote netip.AddrPort
-	state, inode  string
+	inode         string
 }
 
-// tcpSockets are all of the process's network namespace.
-func tcpSockets(pid int) ([]tcpSocket, error) {
+// tcpSockets are all sockets of one state in the process's network namespace.
+func tcpSockets(pid int, state string) ([]tcpSocket, error) {
 	var sockets []tcpSocket
 	for _, name := range []string{"tcp", "tcp6"} {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, name))
@@ -77,9 +77,13 @@ func tcpSockets(pid int) ([]tcpSocket, error) {
 			}
 			return nil, err
 		}
-		for _, line := range strings.Split(string(text), "\n")[1:] {
+		for line := range strings.Lines(string(text)) {
+			// Most of the lines can be connections that are long gone.
+			if !strings.Contains(line, " "+state+" ") {
+				continue
+			}
 			fields := strings.Fields(line)
-			if len(fields) < 10 {
+			if len(fields) < 10 || fields[3] != state {
 				continue
 			}
 			local, err := kernelAddr(fields[1])
@@ -90,7 +94,7 @@ func tcpSockets(pid int) ([]tcpSocket, error) {
 			if err != nil {
 				return nil, err
 			}
-			sockets = append(sockets, tcpSocket{local, remote, fields[3], fields[9]})
+			sockets = append(sockets, tcpSocket{local, remote, fields[9]})
 		}
 	}
 	return sockets, nil

@@ -1,6 +1,7 @@
 package courier
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -37,12 +38,18 @@ type Command struct {
 	log           *slog.Logger
 	limits        commandLimits
 	in            *inbox
-	queue         chan ptipc.Message
+	queue         chan parcel
 	stop          context.CancelFunc
 	running       sync.WaitGroup
 }
 
 var _ ptipc.Signals = (*Command)(nil)
+
+// parcel is an outgoing message.
+type parcel struct {
+	line []byte
+	peer string
+}
 
 // StartCommand returns a courier that starts send, a program and its arguments, for
 // each outgoing message: the message is one line of JSON on its standard input, which
@@ -77,7 +84,7 @@ func startCommand(send, receive []string, o Options, limits commandLimits) (*Com
 	ctx, stop := context.WithCancel(context.Background())
 	c := &Command{
 		send: send, receive: receive, options: o, log: o.logger(), limits: limits,
-		in: newInbox(limits.waiting), queue: make(chan ptipc.Message, limits.waiting), stop: stop,
+		in: newInbox(limits.waiting), queue: make(chan parcel, limits.waiting), stop: stop,
 	}
 	for range limits.parallel {
 		c.running.Go(func() { c.sendAll(ctx) })
@@ -91,18 +98,15 @@ func startCommand(send, receive []string, o Options, limits commandLimits) (*Com
 // Send queues a message for the command. The error is [ErrFull] when 64 wait already
 // (SIG-4).
 func (c *Command) Send(ctx context.Context, m ptipc.Message) error {
-	m, _, err := c.options.admit(m)
+	m, line, err := c.options.admit(m)
 	if err != nil {
 		return err
 	}
-	if err := c.in.open(); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
+	if err := c.in.ready(ctx); err != nil {
 		return err
 	}
 	select {
-	case c.queue <- m:
+	case c.queue <- parcel{line, m.Peer}:
 		return nil
 	default:
 		return fmt.Errorf("the message is dropped: %s has not taken the %d before it: %w", c.send[0], c.limits.waiting, ErrFull)
@@ -124,24 +128,20 @@ func (c *Command) Close() error {
 func (c *Command) sendAll(ctx context.Context) {
 	for {
 		select {
-		case m := <-c.queue:
-			c.sendOne(ctx, m)
+		case p := <-c.queue:
+			c.sendOne(ctx, p)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-func (c *Command) sendOne(ctx context.Context, m ptipc.Message) {
-	_, line, err := c.options.admit(m)
-	if err != nil {
-		return // Send has checked it
-	}
+func (c *Command) sendOne(ctx context.Context, message parcel) {
 	timeout := fmt.Errorf("it did not end in %v", c.limits.timeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, c.limits.timeout, timeout)
 	defer cancel()
-	c.run(ctx, c.send, m.Peer, func(p *proc.Process) {
-		if err := p.WriteLine(line); err != nil {
+	c.run(ctx, c.send, message.peer, func(p *proc.Process) {
+		if err := p.WriteLine(message.line); err != nil {
 			c.log.Warn("a message did not reach its command", "command", c.send[0], "err", err)
 		}
 		p.CloseStdin()
@@ -167,16 +167,30 @@ func (c *Command) receiveAll(ctx context.Context) {
 	}
 }
 
+// counts are what became of the lines that a command wrote.
+type counts struct {
+	taken   atomic.Int64 // messages
+	refused atomic.Int64 // lines that are none
+	lost    atomic.Int64 // messages that the transport did not read before the end
+}
+
 // run runs a command to its end or that of ctx, and returns the number of messages
 // that it brought.
 func (c *Command) run(ctx context.Context, argv []string, peer string, feed func(*proc.Process)) (brought int64) {
-	var taken, refused atomic.Int64
-	onLine := func(line []byte, truncated bool) {
-		err := c.takeLine(ctx, line, truncated, peer)
+	var counts counts
+	// A line that is cut off is too long for a message, and a last line without an LF
+	// is whole when it is one.
+	onLine := func(line []byte, _ bool) {
+		if len(bytes.TrimSpace(line)) == 0 {
+			return
+		}
+		err := c.takeLine(ctx, line, peer)
 		switch {
 		case err == nil:
-			taken.Add(1)
-		case refused.Add(1) == 1: // one that floods must not fill the log
+			counts.taken.Add(1)
+		case errors.Is(err, ErrFull):
+			counts.lost.Add(1)
+		case counts.refused.Add(1) == 1: // one that floods must not fill the log
 			c.log.Warn("a line of a command is not a message", "command", argv[0], "err", err)
 		}
 	}
@@ -184,7 +198,9 @@ func (c *Command) run(ctx context.Context, argv []string, peer string, feed func
 		Path: argv[0], Args: argv[1:], OnLine: onLine, FinishWait: -1, Log: c.log,
 	})
 	if err != nil {
-		c.log.Warn("cannot start a command for messages", "err", err)
+		if !errors.Is(context.Cause(ctx), context.Canceled) { // by Close
+			c.log.Warn("cannot start a command for messages", "err", err)
+		}
 		return 0
 	}
 	feed(process)
@@ -193,18 +209,18 @@ func (c *Command) run(ctx context.Context, argv []string, peer string, feed func
 	case <-ctx.Done():
 		if err := process.Stop(context.WithoutCancel(ctx)); err != nil {
 			c.log.Error("cannot stop a command for messages", "err", err)
-			return taken.Load()
+			return counts.taken.Load()
 		}
 	}
-	c.logEnd(ctx, argv[0], process.Err(), taken.Load(), refused.Load())
-	return taken.Load()
+	c.logEnd(ctx, argv[0], process.Err(), &counts)
+	return counts.taken.Load()
 }
 
 // takeLine waits until there is room: a command that writes faster than the
 // transport reads waits too.
-func (c *Command) takeLine(ctx context.Context, line []byte, truncated bool, peer string) error {
-	if truncated {
-		return fmt.Errorf("it is longer than %d bytes or has no end (SIG-4)", stdio.MaxSignal)
+func (c *Command) takeLine(ctx context.Context, line []byte, peer string) error {
+	if ctx.Err() != nil {
+		return ErrFull // and may be half a line of a command that was stopped
 	}
 	m, err := stdio.ParseSignal(line)
 	if err != nil {
@@ -220,15 +236,18 @@ func (c *Command) takeLine(ctx context.Context, line []byte, truncated bool, pee
 	case c.in.messages <- m:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("the transport did not read it in time: %w", ErrFull)
+		return ErrFull
 	}
 }
 
-func (c *Command) logEnd(ctx context.Context, command string, err error, taken, refused int64) {
-	level, attrs := slog.LevelDebug, []any{"command", command, "messages", taken}
-	if refused > 0 {
+func (c *Command) logEnd(ctx context.Context, command string, err error, counts *counts) {
+	level, attrs := slog.LevelDebug, []any{"command", command, "messages", counts.taken.Load()}
+	if refused := counts.refused.Load(); refused > 0 {
 		level = slog.LevelWarn
 		attrs = append(attrs, "refused", refused)
+	}
+	if lost := counts.lost.Load(); lost > 0 {
+		attrs = append(attrs, "lost", lost)
 	}
 	var exit *proc.ExitError
 	if errors.As(err, &exit) {

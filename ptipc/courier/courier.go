@@ -64,6 +64,14 @@ func (b *inbox) open() error {
 	}
 }
 
+// ready says whether a message can be sent with ctx.
+func (b *inbox) ready(ctx context.Context) error {
+	if err := b.open(); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
 func (b *inbox) receive(ctx context.Context) (ptipc.Message, error) {
 	if err := b.open(); err != nil {
 		return ptipc.Message{}, err

@@ -40,19 +40,28 @@ const (
 	maxFile = stdio.MaxSignal + 1024
 	// gather is how long changes of the directory are gathered before it is read.
 	gather = 50 * time.Millisecond
+)
+
+// dirLimits say when a directory is read.
+type dirLimits struct {
 	// settle is how long a file that cannot be read must stay as it is until that
 	// counts as its fault: somebody may be writing it.
-	settle = time.Second
+	settle time.Duration
 	// look is how often in is read without a sign of a change: file systems of other
 	// machines give none.
-	look = 5 * time.Second
-)
+	look time.Duration
+	// notify makes what gives the signs.
+	notify func() (*fsnotify.Watcher, error)
+}
+
+var defaultDirLimits = dirLimits{settle: time.Second, look: 5 * time.Second, notify: fsnotify.NewWatcher}
 
 // A Dir carries messages as files. Its methods may be called from several goroutines.
 type Dir struct {
 	path    string
 	options Options
 	log     *slog.Logger
+	limits  dirLimits
 	in      *inbox
 	running sync.WaitGroup
 
@@ -71,14 +80,16 @@ var _ ptipc.Signals = (*Dir)(nil)
 //     away. Of more than 1,000 the oldest is dropped and logged (SIG-4).
 //   - in is where somebody puts incoming messages, as regular files whose names end in
 //     .json and do not begin with a dot. They wait there until the transport receives
-//     them, in the order of their names. On the server's side a message without a peer
-//     gets NAME of NAME.json as its peer (SIG-2).
-//   - done has the files that the transport has received, the last 1,000.
+//     them, those that came together in the order of their names. On the server's side a
+//     message without a peer gets NAME of NAME.json as its peer (SIG-2).
+//   - done has the files that were taken in, the last 1,000.
 //   - bad has the last 1,000 that were not messages; the reason is logged.
 //
 // A file that is still being written is waited for. A directory that goes away, on
 // removable media for instance, is waited for too; Send fails in the meantime.
-func OpenDir(path string, o Options) (*Dir, error) {
+func OpenDir(path string, o Options) (*Dir, error) { return openDir(path, o, defaultDirLimits) }
+
+func openDir(path string, o Options, limits dirLimits) (*Dir, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("the directory for messages: %w", err)
@@ -86,7 +97,7 @@ func OpenDir(path string, o Options) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("the directory for messages: %w", err)
 	}
-	d := &Dir{path: path, options: o, log: o.logger(), in: newInbox(0)}
+	d := &Dir{path: path, options: o, log: o.logger(), limits: limits, in: newInbox(0)}
 	root, err := d.open()
 	if err != nil {
 		return nil, err
@@ -198,10 +209,21 @@ func (d *Dir) write(root *os.Root, text []byte) error {
 	return err
 }
 
-// stamp is the time in a form that sorts, and that every file system takes.
-func stamp() string { return time.Now().UTC().Format("20060102T150405.000000000Z") }
+// stampLayout sorts, and every file system takes it.
+const stampLayout = "20060102T150405.000000000Z"
 
-// prune removes the oldest files by their names, which begin with stamps, until at
+func stamp() string { return time.Now().UTC().Format(stampLayout) }
+
+// isStamped holds for the names that this package gives. Other files are somebody's.
+func isStamped(name string) bool {
+	if len(name) < len(stampLayout) {
+		return false
+	}
+	_, err := time.Parse(stampLayout, name[:len(stampLayout)])
+	return err == nil
+}
+
+// prune removes the oldest files of this package by their names until at
 // most maxFiles are left.
 func (d *Dir) prune(root *os.Root, dir string) {
 	f, err := root.Open(dir)
@@ -213,11 +235,11 @@ func (d *Dir) prune(root *os.Root, dir string) {
 	if err != nil || len(names) <= maxFiles {
 		return
 	}
-	names = slices.DeleteFunc(names, isTemporary)
+	names = slices.DeleteFunc(names, func(name string) bool { return !isStamped(name) })
 	slices.Sort(names)
 	dropped := names[:max(len(names)-maxFiles, 0)]
 	for _, name := range dropped {
-		if err := root.RemoveAll(filepath.Join(dir, name)); err != nil {
+		if err := root.Remove(filepath.Join(dir, name)); err != nil {
 			d.log.Warn("cannot remove an old message", "dir", dir, "file", name, "err", err)
 		}
 	}
@@ -242,13 +264,16 @@ func (d *Dir) Close() error {
 // watcher takes in what somebody puts into the directory in.
 type watcher struct {
 	*Dir
-	events  *fsnotify.Watcher // nil when the system has none left
+	events  *fsnotify.Watcher // nil when the system does not tell of changes
 	watched fs.FileInfo       // the directory that events come from, nil for none
+	timer   *time.Timer
+	next    time.Time // when the timer fires
 
-	names     []string             // files to look at, in their order
-	unsettled map[string]unsettled // files that could not be read
-	offered   *offer               // the file that the transport receives next
-	trouble   string               // what was logged last about the directory
+	dirty     bool     // the directory has to be read
+	names     []string // files that were found there, to be looked at
+	unsettled map[string]unsettled
+	offer     *offer // the message that the transport receives next
+	trouble   string // what was logged last about the directory
 }
 
 // unsettled is a file that could not be read, as it was.
@@ -257,86 +282,274 @@ type unsettled struct {
 	since time.Time
 }
 
-// offer is a message that was read from the file at path.
+// offer is the message of a file that was called name and has been moved to path.
 type offer struct {
-	message ptipc.Message
-	name    string
+	message    ptipc.Message
+	name, path string
 }
 
 func (d *Dir) watch() {
-	w := watcher{Dir: d, unsettled: map[string]unsettled{}}
-	var changes chan fsnotify.Event
-	var faults chan error
-	events, err := fsnotify.NewWatcher()
+	w := &watcher{Dir: d, unsettled: map[string]unsettled{}, dirty: true, next: time.Now().Add(d.limits.look), timer: time.NewTimer(d.limits.look)}
+	defer w.timer.Stop()
+	defer w.giveBack()
+	events, err := d.limits.notify()
 	if err != nil {
-		d.log.Warn("the system does not tell of new messages, so they are looked for now and then", "dir", d.path, "every", look, "err", err)
+		w.blind(err)
+		events = &fsnotify.Watcher{} // its channels are nil and tell nothing
 	} else {
+		w.events = events
 		defer events.Close()
-		w.events, changes, faults = events, events.Events, events.Errors
-	}
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	next := time.Now() // when the timer fires
-	sooner := func(wait time.Duration) {
-		if at := time.Now().Add(wait); at.Before(next) {
-			next = at
-			timer.Reset(wait)
-		}
 	}
 	for {
+		w.advance()
 		var receiver chan<- ptipc.Message
 		var message ptipc.Message
-		if w.offered != nil {
-			receiver, message = d.in.messages, w.offered.message
+		if w.offer != nil {
+			receiver, message = d.in.messages, w.offer.message
 		}
 		select {
 		case receiver <- message:
-			w.received()
-		case <-changes:
-			sooner(gather)
-			continue
-		case err := <-faults: // such as more changes than the system could tell
-			d.log.Debug("the system lost changes of the directory for messages", "dir", d.path, "err", err)
-			sooner(gather)
-			continue
-		case <-timer.C:
-			next = time.Now().Add(look)
-			timer.Reset(look)
-			if w.offered == nil && len(w.names) == 0 {
-				w.read()
+			w.offer = nil
+		case event := <-events.Events:
+			if event.Name == w.inPath() && event.Has(fsnotify.Remove|fsnotify.Rename) {
+				w.watched = nil
 			}
+			w.wakeIn(gather)
+		case err := <-events.Errors: // more changes than the system could tell
+			d.log.Debug("some changes of the directory for messages are not known", "dir", d.path, "err", err)
+			w.wakeIn(gather)
+		case <-w.timer.C:
+			w.dirty = true
+			w.next = time.Now().Add(d.limits.look)
+			w.timer.Reset(d.limits.look)
 		case <-d.in.closed:
 			return
-		}
-		if w.offered == nil {
-			w.take()
-		}
-		switch {
-		case w.offered != nil:
-		case len(w.unsettled) > 0:
-			sooner(settle)
 		}
 	}
 }
 
-// use runs f with the directory. What goes wrong is logged once until something else
-// happens: the directory may be away for long.
-func (w *watcher) use(f func(root *os.Root) error) {
+// wakeIn has the directory read after wait, if that is not due earlier.
+func (w *watcher) wakeIn(wait time.Duration) {
+	if at := time.Now().Add(wait); at.Before(w.next) {
+		w.next = at
+		w.timer.Reset(wait)
+	}
+}
+
+func (w *watcher) inPath() string { return filepath.Join(w.path, inDir) }
+
+// blind goes on without the system's help.
+func (w *watcher) blind(err error) {
+	w.log.Warn("the system does not tell of new messages; looking for them now and then",
+		"dir", w.path, "every", w.limits.look, "err", err)
+	w.events = nil
+}
+
+// advance looks for a message to offer, if there is none.
+func (w *watcher) advance() {
+	if w.offer != nil || !w.dirty && len(w.names) == 0 {
+		return
+	}
 	root, err := w.open()
 	if err == nil {
-		err = f(root)
+		for err == nil && w.offer == nil && (w.dirty || len(w.names) > 0) {
+			if len(w.names) == 0 {
+				err = w.read(root)
+				continue
+			}
+			name := w.names[0]
+			w.names = w.names[1:]
+			err = w.take(root, name)
+		}
 		root.Close()
 	}
+	if len(w.unsettled) > 0 {
+		w.wakeIn(w.limits.settle)
+	}
+	w.report(err)
+}
+
+// report logs trouble once until it is another or over: a directory may be away for
+// long.
+func (w *watcher) report(err error) {
 	trouble := ""
 	if err != nil {
+		w.names, w.dirty = nil, false
 		trouble = err.Error()
 	}
-	switch {
-	case trouble == w.trouble:
-	case trouble == "":
-		w.log.Info("the directory for messages can be used again", "dir", w.path)
+	switch trouble {
+	case w.trouble:
+	case "":
+		w.log.Info("messages can come in again", "dir", w.path)
 	default:
-		w.log.Warn("messages cannot come in; waiting", "dir", w.path, "err", err)
+		w.log.Warn("messages cannot come in; trying again now and then", "dir", w.path, "every", w.limits.look, "err", err)
 	}
 	w.trouble = trouble
+}
+
+// read finds the files to look at.
+func (w *watcher) read(root *os.Root) error {
+	w.dirty = false
+	in, err := root.Open(inDir)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	// First of all: what comes after the reading must be told.
+	if err := w.follow(in); err != nil {
+		return err
+	}
+	var names []string
+	for len(names) < maxFiles {
+		entries, err := in.ReadDir(maxFiles)
+		for _, entry := range entries {
+			if isMessage(entry.Name()) && !entry.IsDir() {
+				names = append(names, entry.Name())
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if len(names) >= maxFiles {
+		w.wakeIn(gather) // for the others
+	}
+	slices.Sort(names)
+	w.names = names
+	for name := range w.unsettled {
+		if _, found := slices.BinarySearch(names, name); !found {
+			delete(w.unsettled, name)
+		}
+	}
+	return nil
+}
+
+// follow has the system tell of changes of the directory that now has the name in.
+func (w *watcher) follow(in *os.File) error {
+	info, err := in.Stat()
+	if err != nil || w.events == nil || w.watched != nil && os.SameFile(info, w.watched) {
+		return err
+	}
+	_ = w.events.Remove(w.inPath()) // an error says that it is not watched
+	switch err := w.events.Add(w.inPath()); {
+	case errors.Is(err, fs.ErrNotExist):
+		return err
+	case err != nil:
+		w.blind(err)
+	default:
+		w.watched = info
+	}
+	return nil
+}
+
+// take offers the message of a file, or does away with a file that is none.
+func (w *watcher) take(root *os.Root, name string) error {
+	path := filepath.Join(inDir, name)
+	info, err := root.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // somebody has taken it back
+	}
+	if err != nil {
+		return err
+	}
+	if _, err = readFile(root, path, name, w.options); err != nil {
+		before, known := w.unsettled[name]
+		switch {
+		case !known || !os.SameFile(before.info, info) || before.info.Size() != info.Size() || !before.info.ModTime().Equal(info.ModTime()):
+			w.unsettled[name] = unsettled{info, time.Now()}
+			return nil
+		case time.Since(before.since) < w.limits.settle:
+			return nil
+		}
+		w.log.Warn("a file is not a message", "file", filepath.Join(w.path, path), "moved to", badDir, "reason", err)
+		_, err := w.move(root, path, name, badDir)
+		return err
+	}
+	delete(w.unsettled, name)
+	// Moved before it is offered, so that none is received again and again because it
+	// cannot be moved; and read once more, in case it has become another file.
+	moved, err := w.move(root, path, name, doneDir)
+	if err != nil {
+		return err
+	}
+	message, err := readFile(root, moved, name, w.options)
+	if err != nil {
+		w.log.Warn("a file changed while it was read and is not a message", "file", filepath.Join(w.path, moved), "reason", err)
+		return nil
+	}
+	w.log.Debug("a message came in", "file", name)
+	w.offer = &offer{message, name, moved}
+	return nil
+}
+
+// move moves a file to done or bad, under a name of its own.
+func (w *watcher) move(root *os.Root, path, name, dir string) (string, error) {
+	if longest := 128; len(name) > longest { // with the stamp it could be too long
+		name = strings.ToValidUTF8(name[len(name)-longest:], "")
+	}
+	moved := filepath.Join(dir, stamp()+"-"+name)
+	if err := root.Rename(path, moved); err != nil {
+		return "", err
+	}
+	w.prune(root, dir)
+	return moved, nil
+}
+
+// giveBack returns the message that was offered and not received.
+func (w *watcher) giveBack() {
+	if w.offer == nil {
+		return
+	}
+	root, err := w.open()
+	if err != nil {
+		return // it is where its directory is
+	}
+	defer root.Close()
+	path := filepath.Join(inDir, w.offer.name)
+	if _, err := root.Lstat(path); err == nil {
+		return // another has come under its name; it stays in done
+	}
+	if err := root.Rename(w.offer.path, path); err != nil {
+		w.log.Warn("a message that was not received stays in done", "file", filepath.Join(w.path, w.offer.path), "err", err)
+	}
+}
+
+// readFile reads a message from a file of the given name, which has been moved perhaps.
+func readFile(root *os.Root, path, name string, o Options) (ptipc.Message, error) {
+	info, err := root.Lstat(path)
+	if err != nil {
+		return ptipc.Message{}, err
+	}
+	if !info.Mode().IsRegular() {
+		return ptipc.Message{}, errors.New("it is not a regular file")
+	}
+	// Should it have become a pipe by now, opening it must not wait.
+	f, err := root.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return ptipc.Message{}, err
+	}
+	defer f.Close()
+	// A link that has taken its place would be followed.
+	if opened, err := f.Stat(); err != nil || !os.SameFile(info, opened) {
+		return ptipc.Message{}, errors.New("it was replaced while it was opened")
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return ptipc.Message{}, err
+	}
+	if len(text) > maxFile {
+		return ptipc.Message{}, fmt.Errorf("it is longer than %d bytes (SIG-4)", stdio.MaxSignal)
+	}
+	m, err := stdio.ParseSignal(bytes.TrimSpace(text))
+	if err != nil {
+		return ptipc.Message{}, err
+	}
+	if m.Peer == "" {
+		m.Peer = strings.TrimSuffix(name, fileSuffix) // SIG-2
+	}
+	m, _, err = o.admit(m)
+	return m, err
 }

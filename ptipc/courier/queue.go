@@ -44,7 +44,7 @@ func (q *Queue) Send(ctx context.Context, m ptipc.Message) error {
 	if err != nil {
 		return err
 	}
-	if err := q.ready(ctx); err != nil {
+	if err := q.in.ready(ctx); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -91,11 +91,4 @@ func (q *Queue) Add(m ptipc.Message) error {
 func (q *Queue) Close() error {
 	q.in.close()
 	return nil
-}
-
-func (q *Queue) ready(ctx context.Context) error {
-	if err := q.in.open(); err != nil {
-		return err
-	}
-	return ctx.Err()
 }

@@ -60,7 +60,7 @@ func (d *dialer) dialHost(ctx context.Context, network, addr string) (net.Conn, 
 	if err != nil || port == 0 || host == "" { // an empty host would be this machine
 		return nil, fmt.Errorf("not a host and a port from 1 to 65535: %w", ptipc.ErrNotAllowed)
 	}
-	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	name := lower(strings.TrimSuffix(host, "."))
 	if _, err := netip.ParseAddr(host); err != nil {
 		// A name that cannot be allowed is not looked up either: a look-up carries
 		// the name to whoever serves it (EGRESS-7).

@@ -66,7 +66,7 @@ var (
 // two ways: addresses inside other addresses, bits beyond the prefix, names that
 // could be mistaken for addresses. Errors say what to write.
 func (r *Rule) UnmarshalText(text []byte) error {
-	host, ports, err := net.SplitHostPort(strings.ToLower(string(text)))
+	host, ports, err := net.SplitHostPort(lower(string(text)))
 	if err != nil {
 		return errors.New("is not HOST:PORTS; write example.com:443, 192.0.2.0/24:*, [2001:db8::/32]:80-90 or *:443")
 	}
@@ -77,7 +77,7 @@ func (r *Rule) UnmarshalText(text []byte) error {
 	if err := rule.parseHost(host); err != nil {
 		return err
 	}
-	if s := rule.String(); !strings.EqualFold(s, string(text)) {
+	if s := rule.String(); s != lower(string(text)) {
 		return fmt.Errorf("is not in its usual form; write %s", s)
 	}
 	*r = rule
@@ -149,6 +149,17 @@ func isPattern(host string) bool {
 	}
 	last := labels[len(labels)-1]
 	return last[0] < '0' || last[0] > '9'
+}
+
+// lower makes letters small, those of ASCII alone: DNS folds no others, and what
+// Unicode takes for a k, such as U+212A, is another name.
+func lower(s string) string {
+	return strings.Map(func(c rune) rune {
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		return c
+	}, s)
 }
 
 // String returns the text of the rule.

@@ -28,6 +28,7 @@ type supervisor struct {
 	log     *slog.Logger
 	path    string // of the state directory
 	dir     *localnet.Dir
+	locked  *localnet.Dir // the same, or what it was before it got another owner
 	temp    bool   // the state directory is removed in the end
 	proxy   string // URL of the child's way out; "" is direct
 	deliver string // where a server brings connections (SRV-3); "" for other roles
@@ -89,17 +90,20 @@ func (s *supervisor) openState() error {
 	if err != nil {
 		return err
 	}
-	s.dir, s.path = dir, dir.Path()
-	if err := dir.Lock(); err != nil {
+	s.dir, s.locked, s.path = dir, dir, dir.Path()
+	if err := dir.Lock(); err != nil || cred == nil {
 		return err
 	}
-	if cred != nil {
-		// Not before it is known to be private and ours alone: chown changes whatever
-		// it is pointed at.
-		if err := os.Chown(s.path, int(cred.UID), int(cred.GID)); err != nil {
-			return fmt.Errorf("giving the state directory to user %d: %w", cred.UID, err)
-		}
+	// Not before it is known to be private and ours alone: chown changes whatever it
+	// is pointed at.
+	if err := os.Chown(s.path, int(cred.UID), int(cred.GID)); err != nil {
+		return fmt.Errorf("giving the state directory to user %d: %w", cred.UID, err)
 	}
+	// Opened anew, it makes sockets that belong to its new owner.
+	if dir, err = localnet.OpenDir(s.path, cred.UID); err != nil {
+		return err
+	}
+	s.dir = dir
 	return nil
 }
 
@@ -143,7 +147,7 @@ func (s *supervisor) release() {
 		_ = s.out.Shutdown(cut) // what is left is to be cut
 	}
 	if s.dir != nil {
-		_ = s.dir.Close()
+		_, _ = s.dir.Close(), s.locked.Close() // nothing was written through them
 	}
 	if s.temp {
 		if err := os.RemoveAll(s.path); err != nil {

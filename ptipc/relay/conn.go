@@ -37,7 +37,7 @@ type Conn struct {
 
 	mu     sync.Mutex
 	closed bool
-	cut    func() // ends the Join that has taken the socket over; nil outside of one
+	cut    func() // ends the relay that has the socket, and waits for it; nil outside of one
 }
 
 var _ ptipc.Conn = (*Conn)(nil)

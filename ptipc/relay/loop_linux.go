@@ -80,6 +80,9 @@ func (l *loop) add(p *pair) bool {
 		}
 	}
 	l.pairs[p.id] = p
+	if p.cut != nil {
+		l.abort(p)
+	}
 	if first {
 		go l.run()
 	}
@@ -134,14 +137,21 @@ func (l *loop) watch(p *pair, side, op int) error {
 	return unix.EpollCtl(l.epfd, op, g.fd, &e)
 }
 
-// cut makes the loop abort p, unless it has ended already.
+// cut makes the loop abort p, if need be as soon as it is added.
 func (l *loop) cut(p *pair, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.pairs[p.id] != p || p.cut != nil {
+	if p.cut != nil {
 		return
 	}
 	p.cut = err
+	if l.pairs[p.id] == p {
+		l.abort(p)
+	}
+}
+
+// abort has the loop look at a pair that is cut. l.mu is held.
+func (l *loop) abort(p *pair) {
 	l.cuts = append(l.cuts, p)
 	_, _ = unix.Write(l.wake, []byte{7: 1}) // one more than any number of bytes is an event
 }

@@ -27,16 +27,21 @@ func joinSockets(ctx context.Context, a, b net.Conn) (err error, done bool) {
 		return nil, false
 	}
 	defer p.legs[1].close(p)
+	// Before the loop may count a byte, closing a Conn has to wait for it.
+	closed := fmt.Errorf("relay: %w", net.ErrClosed)
+	if !p.handOver(func() { l.cut(p, closed); <-p.done }) {
+		p.failed = closed
+		close(p.done)
+		return closed, true
+	}
 	if !l.add(p) {
+		p.handOver(nil)
+		close(p.done)
 		return nil, false
 	}
-
 	// From here on the loop has the sockets. Left open, these would have the
 	// runtime's poller wake a thread for each event as well.
 	_, _ = socketA.Close(), socketB.Close()
-	p.handOver(func() {
-		l.cut(p, fmt.Errorf("relay: %w", net.ErrClosed))
-	})
 	select {
 	case <-p.done:
 	case <-ctx.Done():
@@ -62,22 +67,19 @@ type pair struct {
 	done   chan struct{}
 }
 
-// handOver makes closing a Conn end the relay that has taken its socket over.
-func (p *pair) handOver(cut func()) {
+// handOver sets what a Conn of the pair calls when it is closed, to end the relay
+// that has its socket. It reports false if one is closed already.
+func (p *pair) handOver(cut func()) bool {
+	open := true
 	for i := range p.legs {
 		for _, c := range p.legs[i].layers {
 			c.mu.Lock()
-			c.cut = func() {
-				cut()
-				<-p.done // the counts are final then
-			}
-			closed := c.closed
+			c.cut = cut
+			open = open && !c.closed
 			c.mu.Unlock()
-			if closed {
-				cut()
-			}
 		}
 	}
+	return open
 }
 
 // A leg is one socket of a pair.

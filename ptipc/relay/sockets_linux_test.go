@@ -3,7 +3,6 @@ package relay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -153,6 +152,62 @@ func TestJoinBoundsPipes(t *testing.T) {
 	wg.Wait()
 }
 
+func TestJoinGivesFullPipesBack(t *testing.T) {
+	idle := make([]*joined, len(loops)) // keep the loops running
+	for i := range idle {
+		idle[i] = startJoin(t, "unix", "unix")
+		mustWrite(t, idle[i].left, "the relay runs")
+		mustRead(t, idle[i].right, "the relay runs")
+	}
+	fds := descriptors(t)
+	t.Run("", func(t *testing.T) {
+		for range 2 * idlePipes * len(loops) {
+			j := startJoin(t, "unix", "unix")
+			fill(t, j.left)
+			j.cancel(nil)
+			_ = j.wait() // it is cut
+		}
+	})
+	if n := descriptors(t) - fds; n > 2*idlePipes*len(loops) {
+		t.Errorf("%d descriptors are left, want at most the %d idle pipes of each loop", n, idlePipes)
+	}
+}
+
+// A flow that never runs dry gives way after some rounds.
+func TestLoopBudget(t *testing.T) {
+	var l loop
+	if !l.open() {
+		t.Fatal("the system is short of something")
+	}
+	l.scratch = new([chunk]byte)
+	defer l.close()
+	p := new(pair)
+	var outer [2]int
+	for i := range outer {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fds[0])
+		defer unix.Close(fds[1])
+		outer[i], p.legs[i].fd = fds[0], fds[1]
+	}
+	f := &p.flows[0]
+	f.readable, f.copies = true, true
+	const size = (rounds + 1) * chunk
+	if n, err := unix.Write(outer[0], make([]byte, size)); n != size || err != nil {
+		t.Fatalf("write = %d, %v", n, err)
+	}
+	for turn, want := range []int{rounds * chunk, chunk} {
+		if more := l.pump(p); more != (turn == 0) || p.failed != nil {
+			t.Errorf("turn %d: pump = %v, %v", turn, more, p.failed)
+		}
+		if n, err := unix.Read(outer[1], make([]byte, size)); n != want || err != nil {
+			t.Errorf("turn %d moved %d bytes, %v, want %d", turn, n, err, want)
+		}
+	}
+}
+
 // A unix socket says that its peer has gone before anything is written: the
 // other side need not wait for its own next byte to learn of it.
 func TestJoinUnixHangUp(t *testing.T) {
@@ -192,7 +247,10 @@ func TestJoinRaces(t *testing.T) {
 		}
 		wg.Wait()
 		if s := m.Stats(); s.Active != 0 {
-			t.Fatal(fmt.Sprint("round ", i, ": ", s))
+			t.Fatalf("round %d: %+v, want none active", i, s)
+		}
+		if total, own := m.Stats(), c.Stats(); total.Received != own.Received || total.Sent != own.Sent {
+			t.Fatalf("round %d: the total is %+v, the connection has counted %+v", i, total, own)
 		}
 	}
 }

@@ -52,3 +52,38 @@ func (m *Meter) Transport(connections map[string]ptipc.ConnectionFactory, end fu
 		Close:       shut,
 	}
 }
+
+// Listener makes a server of a listener whose connections are those of its wire: they
+// and the totals are counted here. Closing it leaves accepted connections alone.
+func (m *Meter) Listener(l net.Listener) ptipc.Listener {
+	return &listener{Listener: l, meter: m, closed: make(chan struct{})}
+}
+
+type listener struct {
+	net.Listener
+	meter  *Meter
+	once   sync.Once
+	closed chan struct{}
+	err    error
+}
+
+// Accept returns a [*Conn].
+func (l *listener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return l.meter.Conn(conn, Options{}), nil
+}
+
+func (l *listener) Stats() ptipc.TransportStats { return l.meter.Stats() }
+
+func (l *listener) Wait() error { <-l.closed; return nil }
+
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		l.err = l.Listener.Close()
+		close(l.closed)
+	})
+	return l.err
+}

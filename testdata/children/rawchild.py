@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A whole transport in the plain form, EXE CONFIG, with nothing but Python's standard library: "raw" connects to
 the destination and changes nothing. It has no configuration and no settings: every key is one too many."""
-import asyncio, errno, ipaddress, json, os, re, signal, socket, struct, sys, threading
+import asyncio, errno, ipaddress, json, os, signal, socket, struct, sys, threading
 from contextlib import suppress
 
 CODES = {errno.EACCES: 2, errno.EPERM: 2, errno.ENETUNREACH: 3, errno.EHOSTUNREACH: 4, errno.ECONNREFUSED: 5,
@@ -48,7 +48,7 @@ async def handshake(take, writer):
         raise Refused(0x11)  # SOCKS-6
     except (ValueError, RecursionError):
         raise Refused(0x12)
-    if settings or settings not in ({}, None):  # SOCKS-19
+    if settings != {}:  # SOCKS-19
         raise Refused(0x13 if isinstance(settings, dict) else 0x12)
     _, command, _, kind = await take(4)
     if command != 1 or kind not in (1, 3, 4):
@@ -100,13 +100,14 @@ async def serve(reader, writer):
             end.transport.abort()
     to_wire.close()
 
-def known(writer):  # SOCKS-17, where the system is Linux
-    ends = []
-    for ip, port in map(writer.get_extra_info, ("peername", "sockname")):
-        ends.append("%08X:%04X" % (*struct.unpack("=I", socket.inet_aton(ip)), port))
-    with open("/proc/net/tcp") as table:
-        uid = re.search(" ".join(ends) + r"(?: \S+){4} +(\d+)", table.read())
-    return uid and int(uid[1]) == os.geteuid()
+def known(writer):  # SOCKS-17, where the system is Linux: the kernel looks the client's socket up
+    (theirs, their_port), (ours, our_port) = map(writer.get_extra_info, ("peername", "sockname"))
+    ends = struct.pack(">HH4s12x4s12x", their_port, our_port, socket.inet_aton(theirs), socket.inet_aton(ours))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as diag:
+        diag.send(struct.pack("=IHHIIBBxxI36sIII", 72, 20, 1, 0, 0, socket.AF_INET, socket.IPPROTO_TCP, 0xFFFFFFFF,
+                              ends, 0, 0xFFFFFFFF, 0xFFFFFFFF))
+        answer = diag.recv(4096)
+    return answer[20:56] == ends and struct.unpack_from("=I", answer, 80)[0] == os.geteuid()
 
 async def accept(reader, writer):
     connections.add(asyncio.current_task())

@@ -6,12 +6,16 @@ package builtin
 import (
 	"pthost/ptipc"
 	"pthost/transports/direct"
+	"pthost/transports/websocket"
 )
 
 // Clients holds the client sides by name.
 var Clients = map[string]ptipc.TransportFactory{
-	"direct": direct.Open,
+	"direct":    direct.Open,
+	"websocket": websocket.Open,
 }
 
 // Servers holds the server sides by name.
-var Servers = map[string]*ptipc.ServerFactory{}
+var Servers = map[string]*ptipc.ServerFactory{
+	"websocket": websocket.Server,
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -52,6 +53,7 @@ type bench struct {
 	report     Report
 	far        string // address of the far end, as free transports dial it
 	microsocks string // its path, or ""
+	dir        string // of the relay's unix socket; "" if the child has none either
 }
 
 // Run measures. It needs descriptors for some more than Config.Conns connections,
@@ -74,9 +76,17 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	}
 	defer func() { err = errors.Join(err, far.stop()) }()
 	b.far = addr
-	if err := b.tryOut(ctx); err != nil {
+	addr, err = b.tryOut(ctx)
+	if err != nil {
 		return nil, err
 	}
+	if strings.HasPrefix(addr, "unix:") {
+		if b.dir, err = os.MkdirTemp("", "ptipc-bench-"); err != nil {
+			return nil, err
+		}
+		defer os.RemoveAll(b.dir)
+	}
+	busyBefore, ownBefore, start := busy(), cpuTime(os.Getpid()), time.Now()
 	for _, group := range []struct {
 		name    string
 		measure func(ctx context.Context) error
@@ -88,8 +98,18 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 			return nil, fmt.Errorf("%s: %w", group.name, err)
 		}
 	}
+	others := (busy() - busyBefore) - (cpuTime(os.Getpid()) - ownBefore)
+	b.noteOthers(others / time.Since(start).Seconds() / float64(runtime.NumCPU()))
 	b.report.finish()
 	return &b.report, nil
+}
+
+// noteOthers warns of a machine that was not idle. Some work of the kernel counts
+// for nobody, and that is little.
+func (b *bench) noteOthers(share float64) {
+	if share > 0.1 {
+		b.note(fmt.Sprintf("others used %.0f%% of the CPUs meanwhile: rates and times vary a lot, CPU times less", share*100))
+	}
 }
 
 func machine() Machine {
@@ -102,19 +122,19 @@ func (b *bench) note(text string) {
 	}
 }
 
-// tryOut finds out whether the child leads to the far end at all.
-func (b *bench) tryOut(ctx context.Context) (err error) {
+// tryOut finds out what kind of transport it is, and where it listens.
+func (b *bench) tryOut(ctx context.Context) (addr string, err error) {
 	c, err := b.config.Open(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer func() { err = errors.Join(err, c.Transport.Close()) }()
 	factory := c.Transport.Connections[c.Name]
 	b.report.ConnectionFactory, b.report.Bound = c.Name, factory.Bound
 	if factory.Bound && b.config.Listen == "" {
-		return fmt.Errorf("%s is bound, and its server has to deliver to the bench; say with --listen where: %w", c.Name, ptipc.ExitUsage)
+		return "", fmt.Errorf("%s is bound, and its server has to deliver to the bench; say with --listen where: %w", c.Name, ptipc.ExitUsage)
 	}
-	return nil
+	return c.Addr, nil
 }
 
 // each runs f with every program started, and stops them.
@@ -250,12 +270,13 @@ type measurement struct {
 	count   uint64
 	elapsed time.Duration
 	cpu     float64 // seconds of the program's CPU; NaN if there is no way to tell, or no program
+	caller  float64 // those of this process
 }
 
 // measure counts what goes on for the time of one figure, and longer if it takes
 // longer for anything to happen at all.
 func (b *bench) measure(ctx context.Context, i *instance, count *atomic.Uint64) (measurement, error) {
-	cpu := cpuTime(i.pid)
+	cpu, caller := cpuTime(i.pid), callerCPU()
 	start, before := time.Now(), count.Load()
 	var m measurement
 	for m.count == 0 {
@@ -264,6 +285,7 @@ func (b *bench) measure(ctx context.Context, i *instance, count *atomic.Uint64) 
 		}
 		m.elapsed, m.count = time.Since(start), count.Load()-before
 	}
+	m.caller = callerCPU() - caller
 	m.cpu = cpuTime(i.pid) - cpu
 	return m, nil
 }
@@ -359,6 +381,7 @@ func (b *bench) dials(ctx context.Context) error {
 				b.report.add(Metric{Name: name, Title: title, Unit: "/s", HigherIsBetter: true}, w.column, float64(m.count)/m.elapsed.Seconds())
 				b.addTimes(name, title, w.column, times)
 				b.report.add(Metric{Name: name + ".cpu", Title: title + ", CPU", Unit: "µs"}, w.column, m.cpu*1e6/float64(m.count))
+				b.report.add(Metric{Name: name + ".caller_cpu", Title: title + ", CPU of the caller", Unit: "µs"}, w.column, m.caller*1e6/float64(m.count))
 				return nil
 			})
 			if err != nil {

@@ -66,8 +66,14 @@ func TestPercentile(t *testing.T) {
 		p      int
 		want   time.Duration
 	}{
-		{hundred, 50, 50}, {hundred, 99, 99}, {hundred, 100, 100}, {hundred, 0, 1},
-		{hundred[:1], 50, 1}, {hundred[:1], 99, 1}, {hundred[:3], 50, 2}, {hundred[:10], 99, 10},
+		{hundred, 50, 50},
+		{hundred, 99, 99},
+		{hundred, 100, 100},
+		{hundred, 0, 1},
+		{hundred[:1], 50, 1},
+		{hundred[:1], 99, 1},
+		{hundred[:3], 50, 2},
+		{hundred[:10], 99, 10},
 	} {
 		if got := percentile(test.values, test.p); got != test.want {
 			t.Errorf("p%d of 1 to %d is %d, want %d", test.p, len(test.values), got, test.want)
@@ -242,6 +248,16 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
+func TestNoteOthers(t *testing.T) {
+	for share, want := range map[float64]int{math.NaN(): 0, -0.2: 0, 0.05: 0, 0.63: 1} {
+		var b bench
+		b.noteOthers(share)
+		if len(b.report.Notes) != want {
+			t.Errorf("of a share of %v it says %q", share, b.report.Notes)
+		}
+	}
+}
+
 // startRole runs a peer in this process.
 func startRole(t *testing.T, args ...string) string {
 	t.Helper()
@@ -327,7 +343,7 @@ func TestRelayPeer(t *testing.T) {
 	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := conn.Read(b[:]); err != io.EOF {
+	if _, err := conn.Read(b[:]); !errors.Is(err, io.EOF) {
 		t.Errorf("after the end of the stream: %v, want %v", err, io.EOF)
 	}
 }

@@ -18,7 +18,8 @@
 //
 //   - direct: no relay at all
 //   - relay: the bare kernel path, io.Copy between two TCP connections, which splices
-//   - socks5: the same behind a minimal SOCKS5 handshake without settings
+//   - relay-ux: the same from a unix socket, if the child listens on one
+//   - socks5: that relay behind a minimal SOCKS5 handshake without settings
 //   - microsocks: a small C program, where it is installed
 //
 // Each is a process of its own, whose CPU time the kernel counts to the nanosecond,

@@ -12,12 +12,13 @@ import (
 	"strings"
 
 	"pthost/ptipc"
+	"pthost/ptipc/localnet"
 )
 
 // The roles of [RunPeer].
 const (
 	roleFar    = "far"    // far IP:PORT: the far end
-	roleRelay  = "relay"  // relay IP:PORT: a relay to that address
+	roleRelay  = "relay"  // relay IP:PORT [DIR]: a relay to that address, on a unix socket in DIR if that is given
 	roleSOCKS5 = "socks5" // socks5: a proxy
 )
 
@@ -36,21 +37,20 @@ const bulkBuffer = 256 << 10
 // [Config].Peer. args are what follows it. It writes the address that it listens
 // on to stdout, and returns when stdin ends.
 func RunPeer(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) error {
-	listen, serve := "127.0.0.1:0", serveSOCKS5
+	listen, dir, serve := "127.0.0.1:0", "", serveSOCKS5
 	switch {
 	case len(args) == 2 && args[0] == roleFar:
 		listen, serve = args[1], serveFar
-	case len(args) == 2 && args[0] == roleRelay:
-		dest := args[1]
-		serve = func(ctx context.Context, conn *net.TCPConn) { serveRelay(ctx, conn, dest) }
+	case (len(args) == 2 || len(args) == 3) && args[0] == roleRelay:
+		serve = func(ctx context.Context, conn stream) { serveRelay(ctx, conn, args[1]) }
+		if len(args) == 3 {
+			dir = args[2]
+		}
 	case len(args) == 1 && args[0] == roleSOCKS5:
 	default:
 		return fmt.Errorf("a peer is started by the bench, and not by hand: %w", ptipc.ExitUsage)
 	}
-	// MPTCP only makes accepting slower.
-	var config net.ListenConfig
-	config.SetMultipathTCP(false)
-	listener, err := config.Listen(ctx, "tcp", listen)
+	listener, err := listenPeer(ctx, listen, dir)
 	if err != nil {
 		return err
 	}
@@ -73,11 +73,35 @@ func RunPeer(ctx context.Context, args []string, stdin io.Reader, stdout io.Writ
 			}
 			return err
 		}
-		go serve(ctx, conn.(*net.TCPConn))
+		go serve(ctx, conn.(stream))
 	}
 }
 
-func serveFar(_ context.Context, conn *net.TCPConn) {
+// A stream is a *net.TCPConn or a *net.UnixConn.
+type stream interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// relaySocket is the name of a relay's unix socket.
+const relaySocket = "relay.sock"
+
+func listenPeer(ctx context.Context, addr, dir string) (net.Listener, error) {
+	if dir != "" {
+		d, err := localnet.OpenDir(dir)
+		if err != nil {
+			return nil, err
+		}
+		defer d.Close()
+		return d.Listen(relaySocket)
+	}
+	// MPTCP only makes accepting slower.
+	var config net.ListenConfig
+	config.SetMultipathTCP(false)
+	return config.Listen(ctx, "tcp", addr)
+}
+
+func serveFar(_ context.Context, conn stream) {
 	defer conn.Close()
 	var b [1]byte
 	if _, err := conn.Read(b[:]); err != nil {
@@ -109,7 +133,7 @@ func serveFar(_ context.Context, conn *net.TCPConn) {
 
 // serveRelay is what a Go programmer writes without thinking of speed, and the
 // net package makes it splice.
-func serveRelay(ctx context.Context, conn *net.TCPConn, dest string) {
+func serveRelay(ctx context.Context, conn stream, dest string) {
 	defer conn.Close()
 	var d net.Dialer
 	wire, err := d.DialContext(ctx, "tcp", dest)
@@ -117,10 +141,10 @@ func serveRelay(ctx context.Context, conn *net.TCPConn, dest string) {
 		return
 	}
 	defer wire.Close()
-	join(conn, wire.(*net.TCPConn))
+	join(conn, wire.(stream))
 }
 
-func join(a, b *net.TCPConn) {
+func join(a, b stream) {
 	back := make(chan struct{})
 	go func() {
 		defer close(back)
@@ -135,7 +159,7 @@ func join(a, b *net.TCPConn) {
 // serveSOCKS5 is a SOCKS5 server with nothing in it that is not needed: no
 // authentication, no limits, no deadlines. It takes a greeting and a request that
 // come in one segment.
-func serveSOCKS5(ctx context.Context, conn *net.TCPConn) {
+func serveSOCKS5(ctx context.Context, conn stream) {
 	defer conn.Close()
 	var buf [512]byte
 	have := 0
@@ -189,7 +213,7 @@ func serveSOCKS5(ctx context.Context, conn *net.TCPConn) {
 			return
 		}
 	}
-	join(conn, wire.(*net.TCPConn))
+	join(conn, wire.(stream))
 }
 
 // connectSOCKS5 is the client's side. settings is the method's JSON object; nil
@@ -281,7 +305,11 @@ func freePort(ctx context.Context) (string, error) {
 
 // peerAddr reads what RunPeer has written.
 func peerAddr(line string) (string, error) {
-	ap, err := netip.ParseAddrPort(strings.TrimSpace(line))
+	line = strings.TrimSpace(line)
+	if line == "unix:"+relaySocket {
+		return line, nil
+	}
+	ap, err := netip.ParseAddrPort(line)
 	if err != nil {
 		return "", fmt.Errorf("a peer of the bench did not start: it wrote %q", line)
 	}

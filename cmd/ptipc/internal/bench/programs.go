@@ -53,8 +53,11 @@ func (b *bench) programs() []program {
 		{b.startChild},
 		{b.startDirect},
 		{b.startRelay},
-		{b.startSOCKS5},
 	}
+	if b.dir != "" {
+		programs = append(programs, program{b.startRelayUnix})
+	}
+	programs = append(programs, program{b.startSOCKS5})
 	if b.microsocks != "" {
 		programs = append(programs, program{b.startMicrosocks})
 	}
@@ -75,7 +78,7 @@ func (b *bench) startChild(ctx context.Context) (*instance, error) {
 	i.ways = append(i.ways, way{ChildDial, func(ctx context.Context) (net.Conn, error) {
 		return factory.Dial(ctx, b.config.Settings, dest)
 	}})
-	connect, closeDir, err := connector(c)
+	connect, closeDir, err := connector(c.Addr, c.Dir)
 	if err != nil {
 		return nil, errors.Join(err, c.Transport.Close())
 	}
@@ -93,19 +96,19 @@ func (b *bench) startChild(ctx context.Context) (*instance, error) {
 	return i, nil
 }
 
-// connector connects to what the child has announced.
-func connector(c *Child) (connect func(ctx context.Context) (net.Conn, error), closeDir func() error, err error) {
-	if c.Addr == "" {
+// connector connects to an announced address, whose unix socket would be in path.
+func connector(announced, path string) (connect func(ctx context.Context) (net.Conn, error), closeDir func() error, err error) {
+	if announced == "" {
 		return nil, nil, nil
 	}
-	addr, err := localnet.ParseAddr(c.Addr)
+	addr, err := localnet.ParseAddr(announced)
 	if err != nil {
 		return nil, nil, err
 	}
 	if !addr.Unix() {
 		return func(ctx context.Context) (net.Conn, error) { return localnet.DialTCP(ctx, addr) }, func() error { return nil }, nil
 	}
-	dir, err := localnet.OpenDir(c.Dir)
+	dir, err := localnet.OpenDir(path)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -122,6 +125,18 @@ func (b *bench) startRelay(ctx context.Context) (*instance, error) {
 		return nil, err
 	}
 	return &instance{pid: p.pid, ways: []way{{Relay, tcp(addr)}}, stop: p.stop}, nil
+}
+
+func (b *bench) startRelayUnix(ctx context.Context) (*instance, error) {
+	p, addr, err := b.startPeer(ctx, roleRelay, b.far, b.dir)
+	if err != nil {
+		return nil, err
+	}
+	connect, closeDir, err := connector(addr, b.dir)
+	if err != nil {
+		return nil, errors.Join(err, p.stop())
+	}
+	return &instance{pid: p.pid, ways: []way{{RelayUnix, connect}}, stop: func() error { return errors.Join(closeDir(), p.stop()) }}, nil
 }
 
 func (b *bench) startSOCKS5(ctx context.Context) (*instance, error) {

@@ -15,6 +15,7 @@ const (
 	ChildWire      = "child_wire"       // the child, by a client of the bench's own on its socket, always with settings
 	Direct         = "direct"           // no relay
 	Relay          = "relay"            // the bare splicing relay
+	RelayUnix      = "relay_unix"       // the same, reached by a unix socket
 	SOCKS5         = "socks5"           // the minimal SOCKS5 server, by an ordinary client
 	SOCKS5OneWrite = "socks5_one_write" // the same server, by a client that sends greeting and request in one write
 	Microsocks     = "microsocks"
@@ -26,6 +27,7 @@ var abouts = []struct{ column, short, about string }{
 	{ChildWire, "wire", "the transport, by a bare client on its socket, with settings {} or those given"},
 	{Direct, "direct", "no relay"},
 	{Relay, "relay", "bare Go relay: io.Copy, which splices"},
+	{RelayUnix, "relay-ux", "the same, reached by a unix socket as the transport is"},
 	{SOCKS5, "socks5", "minimal Go SOCKS5 server without settings, ordinary client"},
 	{SOCKS5OneWrite, "socks5-1w", "the same server, greeting and request in one write"},
 	{Microsocks, "microsocks", "microsocks"},

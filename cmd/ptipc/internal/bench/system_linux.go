@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -37,6 +38,8 @@ func kernel() string {
 	return unix.ByteSliceToString(name.Release[:])
 }
 
+const ticks = 100 // in a second, wherever /proc counts in them
+
 // tree returns a process and its descendants, and the CPU seconds of those that
 // have ended and were waited for, which the system counts in ticks.
 func tree(root int) (pids []int, ended float64) {
@@ -44,7 +47,6 @@ func tree(root int) (pids []int, ended float64) {
 	if err != nil {
 		return nil, 0
 	}
-	const ticks = 100 // USER_HZ
 	parents, waited := map[int]int{}, map[int]float64{}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
@@ -84,13 +86,45 @@ func cpuTime(pid int) float64 {
 	}
 	pids, sum := tree(pid)
 	for _, pid := range pids {
-		// The CPU clock of another process, as clock_getcpuclockid(3) makes it.
-		var ts unix.Timespec
-		if err := unix.ClockGettime(int32(^pid<<3|2), &ts); err == nil {
-			sum += float64(ts.Nano()) / 1e9
-		}
+		sum += clock(int32(^pid<<3 | 2)) // as clock_getcpuclockid(3) makes it
 	}
 	return sum
+}
+
+// callerCPU is what this process alone has used so far, in seconds.
+func callerCPU() float64 { return clock(unix.CLOCK_PROCESS_CPUTIME_ID) }
+
+// clock reads a clock; that of a process that has just ended is 0.
+func clock(id int32) float64 {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(id, &ts); err != nil {
+		return 0
+	}
+	return float64(ts.Nano()) / 1e9
+}
+
+// busy is what all processors together have worked so far, in seconds.
+func busy() float64 {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return math.NaN()
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	fields := strings.Fields(line)
+	if len(fields) < 9 || fields[0] != "cpu" {
+		return math.NaN()
+	}
+	sum := 0.0
+	for i, field := range fields[1:9] { // user nice system idle iowait irq softirq steal
+		v, err := strconv.ParseFloat(field, 64)
+		if err != nil {
+			return math.NaN()
+		}
+		if i != 3 && i != 4 {
+			sum += v
+		}
+	}
+	return sum / ticks
 }
 
 // memory is in bytes.
@@ -175,7 +209,7 @@ func (s *socket) Write(p []byte) (int, error) {
 func (s *socket) Close() error { return errors.Join(s.file.Close(), s.conn.Close()) }
 
 // echo sends everything back.
-func echo(conn *net.TCPConn) {
+func echo(conn net.Conn) {
 	s, err := blocking(conn)
 	if err != nil {
 		return
@@ -196,50 +230,62 @@ func echo(conn *net.TCPConn) {
 const (
 	// inNamespace is the environment variable of a process in a namespace of its own.
 	inNamespace = "PTIPC_BENCH_NAMESPACE"
-	sysctls     = "/proc/sys/net/ipv4/"
+	// lifelineFD is a descriptor of that process: its end means the end of the one
+	// that runs it. Signals would not do: the system sends one for each of the
+	// threads that die with it, and a second one means at once.
+	lifelineFD = 3
+	sysctls    = "/proc/sys/net/ipv4/"
 )
 
 // EnterNamespace runs this process again in a network namespace of its own, with
-// the same arguments and streams, and returns its exit code. done is false if this
-// process is to go on itself: it is the one that was run again, or it may not make
-// namespaces.
-func EnterNamespace(stop <-chan struct{}) (n Network, code int, done bool, err error) {
+// the same arguments and streams, and returns its exit code. The end of ctx ends
+// it. done is false if this process is to go on itself, with the context that is
+// returned: it is the one that was run again, or it may not make namespaces.
+func EnterNamespace(ctx context.Context) (going context.Context, n Network, code int, done bool, err error) {
 	if os.Getenv(inNamespace) != "" {
-		if err := os.Unsetenv(inNamespace); err != nil {
-			return n, 0, false, err
-		}
-		return Network{Namespace: true}, 0, false, setUpNamespace()
+		going, err = enter(ctx)
+		return going, Network{Namespace: true}, 0, false, err
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return n, 0, false, err
+		return ctx, n, 0, false, err
 	}
+	lifelineEnd, lifeline, err := os.Pipe()
+	if err != nil {
+		return ctx, n, 0, false, err
+	}
+	defer lifelineEnd.Close()
+	defer lifeline.Close()
 	cmd := &exec.Cmd{
 		Path: self, Args: os.Args, Env: append(os.Environ(), inNamespace+"=1"),
-		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGTERM},
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, ExtraFiles: []*os.File{lifelineEnd},
+		SysProcAttr: &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET},
 	}
-	// What the system watches is the thread.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		return Network{Why: fmt.Sprintf("it needs the privileges of root (%v)", err)}, 0, false, nil
+		return ctx, Network{Why: fmt.Sprintf("it needs the privileges of root (%v)", err)}, 0, false, nil
 	}
-	ended := make(chan struct{})
-	defer close(ended)
-	go func() {
-		select {
-		case <-stop:
-			_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
-		case <-ended:
-		}
-	}()
+	defer context.AfterFunc(ctx, func() { _ = lifeline.Close() })()
 	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		return n, max(exit.ExitCode(), 1), true, nil
+		return ctx, n, max(exit.ExitCode(), 1), true, nil
 	}
-	return n, 0, true, err
+	return ctx, n, 0, true, err
+}
+
+// enter makes this process, which is in the namespace, ready.
+func enter(ctx context.Context) (context.Context, error) {
+	// Nothing that is started may hold the lifeline, or believe itself here.
+	syscall.CloseOnExec(lifelineFD)
+	if err := os.Unsetenv(inNamespace); err != nil {
+		return ctx, err
+	}
+	going, cancel := context.WithCancel(ctx)
+	go func() {
+		_, _ = io.Copy(io.Discard, os.NewFile(lifelineFD, "lifeline"))
+		cancel()
+	}()
+	return going, setUpNamespace()
 }
 
 func setUpNamespace() error {

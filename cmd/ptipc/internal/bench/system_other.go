@@ -3,6 +3,7 @@
 package bench
 
 import (
+	"context"
 	"errors"
 	"io"
 	"math"
@@ -19,6 +20,10 @@ func memoryOf(int) memory { return memory{math.NaN(), math.NaN(), math.NaN()} }
 
 func cpuTime(int) float64 { return math.NaN() }
 
+func callerCPU() float64 { return math.NaN() }
+
+func busy() float64 { return math.NaN() }
+
 func kernel() string { return "" }
 
 // startTied starts a process. Peers of our own end when their standard input does.
@@ -29,11 +34,11 @@ const canBlock = false
 func blocking(net.Conn) (io.ReadWriteCloser, error) { return nil, errors.ErrUnsupported }
 
 // echo sends everything back.
-func echo(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) }
+func echo(conn net.Conn) { _, _ = io.Copy(conn, conn) }
 
 // EnterNamespace does nothing: only Linux has network namespaces.
-func EnterNamespace(<-chan struct{}) (n Network, code int, done bool, err error) {
-	return Network{Why: "only Linux has them"}, 0, false, nil
+func EnterNamespace(ctx context.Context) (going context.Context, n Network, code int, done bool, err error) {
+	return ctx, Network{Why: "only Linux has them"}, 0, false, nil
 }
 
 // CongestionControl is not known.

@@ -1,0 +1,67 @@
+package websocket
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"net"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"pthost/ptipc"
+	"pthost/transports/endpoint"
+)
+
+type options struct {
+	Listen  endpoint.Address `json:"listen,omitempty"`
+	Host    string           `json:"host,omitempty"`
+	Backend backendURL       `json:"backend,omitempty"`
+}
+
+// Validate implements [ptipc.Validator].
+func (o *options) Validate() error {
+	if _, err := netip.ParseAddr(o.Host); err != nil && (len(o.Host) > 253 || strings.ContainsAny(o.Host, ":/?#[]@% \t")) {
+		return &ptipc.ConfigError{Pointer: "/host", Value: strconv.Quote(o.Host), Problem: "is neither a name nor an address", Remedy: "write it without a port and without brackets"}
+	}
+	if o.Host == "" && !o.Listen.IP().IsValid() {
+		return &ptipc.ConfigError{Pointer: "/host", Problem: "is missing", Remedy: "give the name or address by which clients reach the server"}
+	}
+	return nil
+}
+
+// generate makes a key, a self-signed certificate with its pin, and a path that
+// nobody can guess.
+func generate(ctx context.Context, opaque ptipc.Opaque, _ ptipc.Env) (client, server ptipc.Opaque, err error) {
+	o := options{Listen: ":443"}
+	if err := opaque.Decode(&o); err != nil {
+		return nil, nil, err
+	}
+	if o.Host == "" {
+		o.Host = o.Listen.IP().String()
+	}
+	listen, err := o.Listen.Settle(ctx)
+	if err != nil {
+		return nil, nil, ptipc.Classify(err)
+	}
+	own, known, err := endpoint.SelfSigned(o.Host)
+	if err != nil {
+		return nil, nil, err
+	}
+	secret := make([]byte, 16)
+	_, _ = rand.Read(secret) // never fails
+	path := "/" + base64.RawURLEncoding.EncodeToString(secret)
+	to := url.URL{Scheme: "wss", Host: net.JoinHostPort(o.Host, strconv.Itoa(int(listen.Port()))), Path: path}
+	client, err = json.Marshal(map[string]string{"url": to.String(), "pin": known.Pin})
+	if err != nil {
+		return nil, nil, err
+	}
+	config := map[string]string{"listen": string(listen), "path": path, "certificate": own.Certificate, "key": own.Key}
+	if o.Backend.url != nil {
+		config["backend"] = o.Backend.url.String()
+	}
+	server, err = json.Marshal(config)
+	return client, server, err
+}

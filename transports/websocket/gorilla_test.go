@@ -1,0 +1,45 @@
+package websocket
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// A replay is a connection that gives the bytes of a reader and takes all others.
+type replay struct{ io.Reader }
+
+func (*replay) Write(p []byte) (int, error)      { return len(p), nil }
+func (*replay) Close() error                     { return nil }
+func (*replay) LocalAddr() net.Addr              { return &net.TCPAddr{} }
+func (*replay) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+func (*replay) SetDeadline(time.Time) error      { return nil }
+func (*replay) SetReadDeadline(time.Time) error  { return nil }
+func (*replay) SetWriteDeadline(time.Time) error { return nil }
+
+// A hijack hands a connection to an Upgrader.
+type hijack struct {
+	*httptest.ResponseRecorder
+	c net.Conn
+}
+
+func (h *hijack) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	return h.c, bufio.NewReadWriter(bufio.NewReaderSize(h.c, 16), bufio.NewWriterSize(h.c, 512)), nil
+}
+
+// gorillaServer is gorilla's server side on c, as if a client had just opened it.
+func gorillaServer(c net.Conn) (*websocket.Conn, error) {
+	r := httptest.NewRequest(http.MethodGet, "/", nil)
+	r.Header = http.Header{
+		"Connection":            {"Upgrade"},
+		"Upgrade":               {"websocket"},
+		"Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key":     {"dGhlIHNhbXBsZSBub25jZQ=="},
+	}
+	return new(websocket.Upgrader).Upgrade(&hijack{httptest.NewRecorder(), c}, r, nil)
+}

@@ -1,0 +1,239 @@
+package websocket
+
+import (
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A group is the wires of one transport or server and what runs for them in the
+// background. The zero value is ready.
+type group struct {
+	mu     sync.Mutex
+	open   map[*wire]struct{}
+	closed bool
+	work   sync.WaitGroup
+}
+
+// add makes raw a wire of the group, which closes it when the group is closed.
+func (g *group) add(raw net.Conn, onClose func()) *wire {
+	w := &wire{raw: raw, group: g, onClose: onClose}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		_ = raw.Close() // nobody is left to tell
+		return w
+	}
+	if g.open == nil {
+		g.open = make(map[*wire]struct{})
+	}
+	g.open[w] = struct{}{}
+	return w
+}
+
+func (g *group) remove(w *wire) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.open, w)
+}
+
+// run runs f in the background. false means that the group is closed, and its
+// wires with it.
+func (g *group) run(f func()) bool {
+	if !g.enter() {
+		return false
+	}
+	go func() {
+		defer g.work.Done()
+		f()
+	}()
+	return true
+}
+
+// enter has close wait until g.work.Done is called, unless it returns false: then
+// the group is closed.
+func (g *group) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return false
+	}
+	g.work.Add(1)
+	return true
+}
+
+// close cuts every wire and waits for what runs in the background.
+func (g *group) close() {
+	g.mu.Lock()
+	g.closed = true
+	left := make([]*wire, 0, len(g.open))
+	for w := range g.open {
+		left = append(left, w)
+	}
+	g.mu.Unlock()
+	for _, w := range left {
+		w.abort()
+	}
+	g.work.Wait()
+}
+
+// A wire is the network connection, under TLS and frames, whose writes never
+// fail because of a deadline: TLS would be corrupt from then on, and half a
+// frame would be out. What a deadline keeps from being written is kept here, at
+// most a frame, and goes out in the background.
+type wire struct {
+	raw     net.Conn
+	group   *group
+	onClose func() // may be nil
+	once    sync.Once
+	closed  atomic.Bool
+	err     error // of closing raw
+
+	reads atomic.Uint32 // grows when a read begins and when it ends: odd while one waits
+
+	mu       sync.Mutex
+	deadline time.Time     // of writing
+	rest     []byte        // what was kept
+	flushed  chan struct{} // closed when rest is out or lost; nil when there is none
+	moved    chan struct{} // closed when deadline changes; nil when nobody waits
+}
+
+func (w *wire) Read(p []byte) (int, error) {
+	w.reads.Add(1)
+	defer w.reads.Add(1)
+	n, err := w.raw.Read(p)
+	if err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = os.ErrDeadlineExceeded // TLS goes on after this one, whatever raw is
+	}
+	return n, err
+}
+
+func (w *wire) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	if w.flushed != nil { // a control frame or the end, small and few: see ready and stuck
+		w.rest = append(w.rest, p...)
+		w.mu.Unlock()
+		return len(p), nil
+	}
+	w.mu.Unlock()
+	n, err := w.raw.Write(p)
+	if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+		return n, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.rest = append([]byte(nil), p[n:]...)
+	w.flushed = make(chan struct{})
+	_ = w.raw.SetWriteDeadline(time.Time{}) // fails only on a closed conn, as the write will
+	if !w.group.run(w.flush) {
+		close(w.flushed)
+		w.flushed = nil
+		return n, net.ErrClosed
+	}
+	return len(p), nil
+}
+
+// flush writes what was kept. It ends when that is out or the wire is closed.
+func (w *wire) flush() {
+	for {
+		w.mu.Lock()
+		rest := w.rest
+		w.rest = nil
+		if len(rest) == 0 {
+			close(w.flushed)
+			w.flushed = nil
+			_ = w.raw.SetWriteDeadline(w.deadline) // fails only on a closed conn
+			w.mu.Unlock()
+			return
+		}
+		w.mu.Unlock()
+		if _, err := w.raw.Write(rest); err != nil {
+			_ = w.Close() // half a frame is out: nothing can follow it
+		}
+	}
+}
+
+// ready waits until nothing is kept any more, or the deadline has passed.
+func (w *wire) ready() error {
+	for {
+		w.mu.Lock()
+		deadline, flushed := w.deadline, w.flushed
+		late := !deadline.IsZero() && !time.Now().Before(deadline)
+		if w.moved == nil && flushed != nil {
+			w.moved = make(chan struct{})
+		}
+		moved := w.moved
+		w.mu.Unlock()
+		if late {
+			return os.ErrDeadlineExceeded
+		}
+		if flushed == nil {
+			return nil
+		}
+		var passed <-chan time.Time // nil, which never comes, without a deadline
+		if !deadline.IsZero() {
+			passed = time.After(time.Until(deadline))
+		}
+		select {
+		case <-flushed:
+		case <-moved:
+		case <-passed:
+		}
+	}
+}
+
+// stuck reports whether something is kept.
+func (w *wire) stuck() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.flushed != nil
+}
+
+func (w *wire) SetWriteDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deadline = t
+	if w.moved != nil {
+		close(w.moved)
+		w.moved = nil
+	}
+	if w.flushed != nil {
+		return nil // flush sets it when it is done
+	}
+	return w.raw.SetWriteDeadline(t)
+}
+
+func (w *wire) SetReadDeadline(t time.Time) error { return w.raw.SetReadDeadline(t) }
+
+func (w *wire) SetDeadline(t time.Time) error {
+	return errors.Join(w.SetReadDeadline(t), w.SetWriteDeadline(t))
+}
+
+func (w *wire) LocalAddr() net.Addr  { return w.raw.LocalAddr() }
+func (w *wire) RemoteAddr() net.Addr { return w.raw.RemoteAddr() }
+
+func (w *wire) Close() error {
+	w.once.Do(func() {
+		w.closed.Store(true)
+		w.err = w.raw.Close()
+		w.group.remove(w)
+		if w.onClose != nil {
+			w.onClose()
+		}
+	})
+	return w.err
+}
+
+// abort closes the wire so that the peer does not take the end for a clean one.
+func (w *wire) abort() {
+	switch raw := w.raw.(type) {
+	case interface{ Abort() error }:
+		_ = raw.Abort() // Close follows
+	case interface{ SetLinger(sec int) error }:
+		_ = raw.SetLinger(0) // fails only on a closed conn
+	}
+	_ = w.Close() // it is cut, whatever Close says
+}
