@@ -244,7 +244,14 @@ func assignParts(raw []byte, v reflect.Value, at place) error {
 		return err
 	case reflect.Slice:
 		return assignSlice(raw, v, at)
+	default:
+		return assignScalar(raw, v, at)
 	}
+}
+
+// assignScalar decodes what has no parts.
+func assignScalar(raw []byte, v reflect.Value, at place) error {
+	t := v.Type()
 	if err := json.Unmarshal(raw, v.Addr().Interface()); err != nil {
 		problem := "is " + kindOf(raw) + ", not " + want(t)
 		if kindOf(raw) == "a number" && t.Kind() >= reflect.Int && t.Kind() <= reflect.Float64 {

@@ -142,8 +142,9 @@ func classOfErrno(errno syscall.Errno) (Class, bool) {
 		return ErrNotAllowed, true
 	case syscall.EAFNOSUPPORT:
 		return ErrAddressType, true
+	default:
+		return 0, false
 	}
-	return 0, false
 }
 
 // A ConfigError says what is wrong with a JSON document, where, and what to do

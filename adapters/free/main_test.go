@@ -147,6 +147,7 @@ func startServer(t testing.TB, network string, drain time.Duration, dial dialFun
 				t.Error(err)
 				return nil
 			}
+			_ = c.SetDeadline(time.Now().Add(stuck))
 			return c
 		}
 	}
@@ -176,6 +177,10 @@ func connected(t testing.TB, network string) (near, far net.Conn) {
 		if far, err = l.Accept(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if network != "pipe" {
+		_ = near.SetDeadline(time.Now().Add(stuck))
+		_ = far.SetDeadline(time.Now().Add(stuck))
 	}
 	t.Cleanup(func() { near.Close(); far.Close() })
 	return near, far
@@ -274,6 +279,9 @@ func chain(t testing.TB, egress string) (*ptipc.Transport, ptipc.ServerManager) 
 const loopback = `{"allow":["127.0.0.1:*"]}`
 
 var past = time.Unix(1, 0)
+
+// stuck is when a test gives up waiting for what does not come.
+const stuck = 20 * time.Second
 
 func descriptors(t testing.TB) int {
 	t.Helper()

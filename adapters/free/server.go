@@ -23,6 +23,8 @@ const (
 	headerTimeout = 10 * time.Second // from accept to the end of the header (FREE-4)
 	drainTimeout  = 5 * time.Second  // what streams have left when the server closes (FREE-14)
 
+	answerWriteTimeout = time.Second // an answer is two bytes
+
 	maxStreams = 16384 // at any one time, those included whose header is to come (FREE-4)
 
 	// maxEarly bounds what is read of a stream before its destination is connected,
@@ -240,14 +242,28 @@ func passing(err error) bool {
 }
 
 func (s *server) carry(carrier net.Conn) {
-	stop := context.AfterFunc(s.closing, func() { _ = carrier.Close() }) // wakes whatever waits for it
+	// Closing the server ends whatever waits for the carrier, until there is a
+	// destination to join it to.
+	stop := context.AfterFunc(s.closing, func() { _ = carrier.Close() })
+	defer stop()
 	wire, early, err := s.connect(carrier)
+	if err == nil && !stop() {
+		_ = wire.Close()
+		err = errClosed
+	}
+	if err == nil {
+		err = answer(carrier, 0) // FREE-7
+		if err != nil {
+			_ = wire.Close()
+			err = fmt.Errorf("%w: %w", errHungUp, err)
+		}
+	}
 	if err != nil {
 		s.failed.Add(1)
 		s.refuse(carrier, err)
-		stop()
 		return
 	}
+	_ = carrier.SetDeadline(time.Time{})
 	ctx := s.relays
 	out := s.out.Conn(wire, relay.Options{})
 	if len(early) > 0 { // FREE-9
@@ -257,34 +273,28 @@ func (s *server) carry(carrier net.Conn) {
 			ctx = broken
 		}
 	}
-	if !stop() {
-		ctx = s.closing // too late to be a stream that may finish
-	}
 	// The carrier is handed over as it was accepted, so that the kernel can relay it.
 	if err := relay.Join(ctx, carrier, out); err != nil {
 		s.log.Debug("a stream broke", "client", carrier.RemoteAddr(), "err", err)
 	}
 }
 
-// connect reads the header, dials and answers. early is what the client has sent
-// behind its header by then.
+// answer writes the answer, and gives up before a server that closes would cut.
+func answer(carrier net.Conn, class ptipc.Class) error {
+	_ = carrier.SetWriteDeadline(time.Now().Add(answerWriteTimeout))
+	_, err := carrier.Write([]byte{version, byte(class)})
+	return err
+}
+
+// connect reads the header and dials. early is what the client has sent behind
+// its header by then.
 func (s *server) connect(carrier net.Conn) (wire net.Conn, early []byte, err error) {
-	_ = carrier.SetDeadline(time.Now().Add(headerTimeout)) // FREE-4; fails on a closed conn alone, as what follows does
+	_ = carrier.SetReadDeadline(time.Now().Add(headerTimeout)) // FREE-4; fails on a closed conn alone, as what follows does
 	dest, err := readHeader(carrier)
 	if err != nil {
 		return nil, nil, err
 	}
-	wire, early, err = s.dialWatched(carrier, dest)
-	if err != nil {
-		return nil, nil, err
-	}
-	_ = carrier.SetDeadline(time.Now().Add(headerTimeout))
-	if _, err := carrier.Write([]byte{version, 0}); err != nil { // FREE-7
-		_ = wire.Close()
-		return nil, nil, fmt.Errorf("%w: %w", errHungUp, err)
-	}
-	_ = carrier.SetDeadline(time.Time{})
-	return wire, early, nil
+	return s.dialWatched(carrier, dest)
 }
 
 // dialWatched dials, and gives up when the client hangs up meanwhile (FREE-11).
@@ -340,13 +350,13 @@ func (s *server) refuse(carrier net.Conn, err error) {
 	defer carrier.Close()
 	// Only at debug level: the text can name destinations.
 	s.log.Debug("refused a stream", "client", carrier.RemoteAddr(), "err", err)
-	if errors.Is(err, errSilent) || errors.Is(err, errHungUp) {
+	if s.closing.Err() != nil || errors.Is(err, errSilent) || errors.Is(err, errHungUp) {
 		return
 	}
-	_ = carrier.SetDeadline(time.Now().Add(lingerTime))
-	if _, err := carrier.Write([]byte{version, byte(ptipc.ClassOf(err))}); err != nil {
+	if answer(carrier, ptipc.ClassOf(err)) != nil {
 		return
 	}
+	_ = carrier.SetReadDeadline(time.Now().Add(lingerTime))
 	if half, ok := carrier.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
 		return
 	}

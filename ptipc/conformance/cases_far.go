@@ -211,6 +211,9 @@ func (t *trial) unanswering(c *child) *fullServer {
 	return nil
 }
 
+// lookPeriod is slow because the system's list of sockets can be long.
+const lookPeriod = 50 * time.Millisecond
+
 func (f *fullServer) dialing() bool {
 	yes, err := dialing(f.c.proc.Pid(), netip.MustParseAddrPort(f.addr))
 	f.t.need(err)
@@ -219,7 +222,7 @@ func (f *fullServer) dialing() bool {
 
 // dialed waits until the child dials.
 func (f *fullServer) dialed() {
-	if !f.t.until(f.dialing) {
+	if !f.t.untilEvery(lookPeriod, f.dialing) {
 		f.t.cannot("the child does not dial the destination over TCP from this machine")
 	}
 }
@@ -261,7 +264,7 @@ func (t *trial) hangsUp(how func(*wire)) {
 	w.send(request(full.addr))
 	full.dialed()
 	how(w)
-	if !t.until(func() bool { return !full.dialing() }) {
+	if !t.untilEvery(lookPeriod, func() bool { return !full.dialing() }) {
 		t.fell("the end of the dial when the client hangs up", "it goes on after %v", t.suite.patience)
 	}
 }

@@ -33,9 +33,16 @@ type wire struct {
 	conn net.Conn
 }
 
-// dial connects. It is patient with a socket that does not listen yet: LINE-7 has a
-// case for that.
+// dial connects to the child.
 func (t *trial) dial(c *child) *wire {
+	conn := t.connect(c)
+	t.onEnd(func() { conn.Close() })
+	return &wire{t, "client", conn}
+}
+
+// connect is patient with a socket that does not listen yet: LINE-7 has a case for
+// that, as LINE-5 has for addresses to which no child may lead.
+func (t *trial) connect(c *child) net.Conn {
 	m := t.method(c)
 	var conn net.Conn
 	var err error
@@ -44,13 +51,12 @@ func (t *trial) dial(c *child) *wire {
 		return !errors.Is(err, syscall.ECONNREFUSED) || c.ended()
 	})
 	if errors.Is(err, localnet.ErrAddr) {
-		t.cannot("%v", err) // LINE-5 has a case for that
+		t.cannot("%v", err)
 	}
 	if err != nil {
 		t.fell("a connection to "+m.addr, "%v", err)
 	}
-	t.onEnd(func() { conn.Close() })
-	return &wire{t, "client", conn}
+	return conn
 }
 
 func connect(ctx context.Context, c *child, m method) (net.Conn, error) {

@@ -1,9 +1,6 @@
 package conformance_test
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
 	"io"
 	"net"
 	"os"
@@ -12,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,14 +41,19 @@ func faultySubject(t *testing.T, fault string) conformance.Subject {
 
 func run(t *testing.T, s conformance.Subject, o conformance.Options) conformance.Report {
 	t.Helper()
-	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
-		testpeer.Skip(t, "some cases look at sockets in Linux's /proc and connect as another user, which takes root")
-	}
+	needRoot(t)
 	report, err := conformance.Run(t.Context(), s, o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return report
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		testpeer.Skip(t, "some cases look at sockets in Linux's /proc and connect as another user, which takes root")
+	}
 }
 
 // want compares the names of the cases with a verdict with what they should be.
@@ -138,18 +141,13 @@ func TestBoundWithoutFault(t *testing.T) {
 // Each fault makes the cases fall short that are about it, and no other.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	withSettings := []string{
-		"SOCKS-2/no-reply-between", "SOCKS-3/largest", "SOCKS-4/largest", "SOCKS-4/white-space", "SOCKS-19/empty",
-		"SOCKS-5/one-segment", "SOCKS-5/byte-by-byte", "SOCKS-5/two-segments", "ERR-2/same-class",
-		"SOCKS-4/end-of-object", "SOCKS-4/deepest", "SOCKS-6/unknown-key",
-	}
-	_ = withSettings
-	for _, tt := range []struct {
+	needRoot(t)
+	faults := []struct {
 		fault string
 		fells []string
 	}{
 		{"never ready", []string{"LIFE-1/ready", "ARG-2/no-role", "ARG-2/client", "ARG-4/no-role", "ARG-4/largest", "ARG-5/unknown-keys", "PROXY-1/unreachable"}},
-		{"exits with 1 for bad JSON", []string{"ARG-3/not-an-object", "LIFE-9/exit-code", "LIFE-9/standard-error"}},
+		{"exits with 1 for bad JSON", []string{"ARG-3/not-an-object", "ARG-4/not-json", "LIFE-9/exit-code", "LIFE-9/standard-error"}},
 		{"takes any length of configuration", []string{"ARG-4/too-large"}},
 		{"knows all keys of HOST", []string{"ARG-5/unknown-keys"}},
 		{"exits with 1 for a bad configuration", []string{"CFG-1/refused", "LIFE-9/exit-code"}},
@@ -157,6 +155,16 @@ func TestFaults(t *testing.T) {
 		{"takes every key", []string{"CFG-2/unknown-key"}},
 		{"CMETHOD-ERROR without JSON", []string{"CFG-2/place", "LINE-8/method-error"}},
 
+		{"exits with 1 for a bad command line", []string{"ARG-3/shape", "LIFE-9/exit-code"}},
+		{"wants a role", []string{"ARG-2/no-role", "ARG-3/not-an-object", "ARG-4/no-role"}},
+		{"does not see its configuration", []string{"ARG-4/no-role", "ARG-4/largest", "ARG-5/unknown-keys"}},
+		{"takes half a MiB of configuration", []string{"ARG-4/largest"}},
+		{"listens on TCP alone", []string{"ARG-5/listen-unix"}},
+
+		{"speaks any version", []string{"LINE-3/no-version"}},
+		{"STATUS with an open quote", []string{"LINE-10/status"}},
+		{"a banner on stdout", []string{"LINE-1/form", "LINE-3/version-first"}},
+		{"announces after the end", []string{"LINE-7/last"}},
 		{"no VERSION", []string{"LINE-3/version-first"}},
 		{"VERSION late", []string{"LINE-3/version-first"}},
 		{"CMETHOD of another protocol", []string{"LINE-4/form"}},
@@ -176,9 +184,30 @@ func TestFaults(t *testing.T) {
 		{"leaves a file outside", []string{"LIFE-8/files"}},
 		{"listens everywhere", []string{"LIFE-11/loopback"}},
 
+		{"refuses unknown methods", []string{"SOCKS-1/settings-win", "SOCKS-1/unknown-beside"}},
+		{"does not know 0x09 alone", []string{
+			"SOCKS-1/each-alone", "SOCKS-2/no-reply-between", "SOCKS-3/largest", "SOCKS-3/promised", "SOCKS-19/empty",
+			"SOCKS-5/one-segment", "SOCKS-5/byte-by-byte", "SOCKS-5/two-segments", "SOCKS-6/too-large", "SOCKS-6/not-json",
+			"SOCKS-6/unknown-key", "ERR-2/same-class",
+		}},
+		{"takes any depth", []string{"SOCKS-4/too-deep"}},
+		{"takes 32 levels", []string{"SOCKS-4/deepest"}},
+		{"takes no white space", []string{"SOCKS-4/white-space", "SOCKS-19/empty"}},
+		{"takes any length of settings", []string{"SOCKS-3/promised", "SOCKS-6/too-large"}},
+		{"takes what is no object", []string{"SOCKS-6/not-json"}},
+		{"takes unknown settings for bad ones", []string{"SOCKS-4/end-of-object", "SOCKS-4/deepest", "SOCKS-6/unknown-key"}},
+		{"does not tell address types", []string{"SOCKS-7/address-types"}},
+		{"takes no names", []string{"SOCKS-12/nowhere", "SOCKS-13/name", "ERR-1/unknown-name", "PROXY-3/name"}},
+		{"knows no unknown name", []string{"ERR-1/unknown-name"}},
+		{"changes full buffers", []string{"SOCKS-15/bulk"}},
+		{"serves a hundred", []string{"SOCKS-10/many"}},
+		{"takes any proxy", []string{"PROXY-1/unusable"}},
 		{"prefers no settings", []string{"SOCKS-1/settings-win"}},
 		{"takes any method", []string{"SOCKS-1/none-known"}},
-		{"replies to settings", withSettings},
+		{"replies to settings", []string{
+			"SOCKS-2/no-reply-between", "SOCKS-3/largest", "SOCKS-4/largest", "SOCKS-4/white-space", "SOCKS-19/empty",
+			"SOCKS-5/one-segment", "SOCKS-5/byte-by-byte", "SOCKS-5/two-segments", "ERR-2/same-class",
+		}},
 		{"takes 4 KiB of settings", []string{"SOCKS-3/largest", "SOCKS-4/largest"}},
 		{"counts braces in strings", []string{"SOCKS-4/end-of-object"}},
 		{"takes no pipelining", []string{"SOCKS-5/one-segment", "SOCKS-5/two-segments"}},
@@ -211,15 +240,65 @@ func TestFaults(t *testing.T) {
 			"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id",
 			"LINE-1/cr", "LINE-1/skipped", "LINE-2/unknown-keyword",
 		}},
-	} {
-		t.Run(tt.fault, func(t *testing.T) {
-			t.Parallel()
-			report := run(t, faultySubject(t, tt.fault), conformance.Options{Patience: 2 * time.Second})
-			want(t, report, conformance.FellShort, tt.fells...)
+	}
+	// The runs wait most of the time: more of them fit side by side than there are processors.
+	reports, errs := make([]conformance.Report, len(faults)), make([]error, len(faults))
+	free := make(chan struct{}, 6)
+	var runs sync.WaitGroup
+	for i, tt := range faults {
+		free <- struct{}{}
+		runs.Go(func() {
+			defer func() { <-free }()
+			s := faultySubject(t, tt.fault)
+			reports[i], errs[i] = conformance.Run(t.Context(), s, conformance.Options{Patience: 3 * time.Second})
 		})
 	}
-	_, _, _, _ = bytes.Equal, json.Marshal, errors.Is, ofExtended
-	_ = ofStats
+	runs.Wait()
+	for i, tt := range faults {
+		t.Run(tt.fault, func(t *testing.T) {
+			if errs[i] != nil {
+				t.Fatal(errs[i])
+			}
+			want(t, reports[i], conformance.FellShort, tt.fells...)
+		})
+	}
+}
+
+func TestFaultsOfBound(t *testing.T) {
+	t.Parallel()
+	for fault, fells := range map[string][]string{
+		"bound to anything": {"SOCKS-11/elsewhere"},
+		"takes every key":   {"CFG-2/unknown-key", "CFG-2/twice", "CFG-2/wrong-case"},
+	} {
+		report := run(t, boundSubject(t, fault), conformance.Options{})
+		want(t, report, conformance.FellShort, fells...)
+	}
+	// Nothing that connects can hold here: only the case that is about it is of interest.
+	report := run(t, boundSubject(t, "bound to nothing"), conformance.Options{Pattern: "^SOCKS-11/"})
+	want(t, report, conformance.FellShort, "SOCKS-11/anywhere")
+}
+
+// slowCases are those that wait for limits of ten seconds.
+var slowCases = []string{"ARG-4/no-line", "SOCKS-6/too-late", "SOCKS-9/silence-ends"}
+
+func TestFaultsSlow(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("-short is set, and this waits for limits of ten seconds")
+	}
+	for fault, fells := range map[string][]string{
+		"":                            {},
+		"waits forever":               {"SOCKS-6/too-late", "SOCKS-9/silence-ends"},
+		"waits for its configuration": {"ARG-4/no-line"},
+	} {
+		t.Run(fault, func(t *testing.T) {
+			t.Parallel()
+			o := conformance.Options{Slow: true, Pattern: "^(" + strings.Join(slowCases, "|") + ")$"}
+			report := run(t, faultySubject(t, fault), o)
+			want(t, report, conformance.FellShort, fells...)
+			want(t, report, conformance.NotRun)
+		})
+	}
 }
 
 func TestRawChild(t *testing.T) {

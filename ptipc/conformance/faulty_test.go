@@ -74,7 +74,7 @@ func faultyMain(fault string, args []string) {
 	in := bufio.NewReaderSize(os.Stdin, 2<<20)
 
 	config := f.arguments(args, in)
-	if len(f.host.Version) > 0 && !slices.Contains(f.host.Version, 1) {
+	if len(f.host.Version) > 0 && !slices.Contains(f.host.Version, 1) && !f.is("speaks any version") {
 		f.say("VERSION-ERROR no-version")
 		f.die(78, "no common version")
 	}
@@ -84,6 +84,12 @@ func faultyMain(fault string, args []string) {
 	if f.is("LOG with a bad escape") {
 		f.say(`LOG SEVERITY=notice MESSAGE="\q"`)
 	}
+	if f.is("STATUS with an open quote") {
+		f.say(`STATUS TRANSPORT=faulty PROGRESS="`)
+	}
+	if f.is("a banner on stdout") {
+		f.say("*** faulty ***")
+	}
 	f.configure(config)
 	f.proxySetUp()
 	if f.is("never ready") {
@@ -91,8 +97,8 @@ func faultyMain(fault string, args []string) {
 	}
 	f.announce()
 	f.say("CMETHODS DONE")
-	if f.listener == nil {
-		f.listen()
+	if f.is("announces after the end") {
+		f.say("CMETHOD late socks5 127.0.0.1:1")
 	}
 	f.serving.Go(f.accept)
 	ended := make(chan struct{})
@@ -134,27 +140,37 @@ func faultyMain(fault string, args []string) {
 func (f *faulty) arguments(args []string, in *bufio.Reader) []byte {
 	if len(args) > 0 && args[0] == "client" {
 		args = args[1:]
+	} else if f.is("wants a role") {
+		f.die(64, "usage: client CONFIG [HOST]")
 	}
 	switch {
+	case f.is("exits with 1 for a bad command line") && (len(args) == 0 || len(args) > 2):
+		f.die(1, "usage: [client] CONFIG [HOST]")
 	case len(args) == 0 || len(args) > 2:
 		f.die(64, "usage: [client] CONFIG [HOST]")
 	case args[0] == "-":
 		line := make(chan []byte)
 		go func() {
 			text, err := in.ReadBytes('\n')
-			if err == nil {
+			if err == nil && !f.is("does not see its configuration") {
 				line <- text
 			}
 		}()
 		timeout := limit
-		if f.is("waits for its configuration") {
+		switch {
+		case f.is("waits for its configuration"):
 			timeout = time.Hour
+		case f.is("does not see its configuration"):
+			timeout = 0
 		}
 		select {
 		case text := <-line:
 			var launch struct {
 				Config json.RawMessage `json:"config"`
 				Host   json.RawMessage `json:"host"`
+			}
+			if len(text) > 1<<19 && f.is("takes half a MiB of configuration") {
+				f.die(65, "the line is longer than 512 KiB")
 			}
 			if len(text) > 1<<20 && !f.is("takes any length of configuration") || json.Unmarshal(text, &launch) != nil {
 				f.die(65, "the line is not {\"config\":…,\"host\":…} of at most 1 MiB")
@@ -234,7 +250,7 @@ func (f *faulty) proxySetUp() {
 		fmt.Fprintln(os.Stderr, "proxy", f.host.Proxy)
 	}
 	u, err := url.Parse(f.host.Proxy)
-	if err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "" {
+	if (err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "") && !f.is("takes any proxy") {
 		f.say("PROXY-ERROR the proxy is not socks5://[USER:PASSWORD@]HOST:PORT")
 		f.die(69, "the proxy cannot be used")
 	}
@@ -246,7 +262,7 @@ func (f *faulty) proxySetUp() {
 func (f *faulty) listen() string {
 	var err error
 	switch {
-	case f.host.Listen == "unix":
+	case f.host.Listen == "unix" && !f.is("listens on TCP alone"):
 		f.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: "s", Net: "unix"})
 		if err == nil && f.is("open unix socket") {
 			err = os.Chmod("s", 0o666)
@@ -269,18 +285,12 @@ func (f *faulty) listen() string {
 }
 
 func (f *faulty) announce() {
-	var addr string
-	if f.is("done before it listens") {
-		// The port is free: it was bound a moment ago. The listener comes when a test
-		// that does not wait for it has seen that.
-		addr = f.listen()
-		f.listener.Close()
-		f.listener = nil
-		defer func() { f.listener = &lateListener{addr: addr} }()
-	} else {
-		addr = f.listen()
+	addr := f.listen()
+	if f.is("done before it listens") && f.host.Listen != "unix" {
+		f.listener.Close() // the port stays free for the moment that it takes
+		f.listener = &lateListener{addr: addr, ready: make(chan struct{})}
 	}
-	if f.is("announces a public address") {
+	if f.is("announces a public address") && f.host.Listen != "unix" {
 		addr = "203.0.113.1:1080"
 	}
 	args := "stats=1"
@@ -303,20 +313,27 @@ func (f *faulty) announce() {
 // A lateListener begins to listen half a second after the first Accept.
 type lateListener struct {
 	net.Listener
-	addr string
-	once sync.Once
+	addr  string
+	once  sync.Once
+	ready chan struct{}
 }
 
 func (l *lateListener) Accept() (net.Conn, error) {
-	var err error
 	l.once.Do(func() {
 		<-time.After(500 * time.Millisecond)
-		l.Listener, err = net.Listen("tcp", l.addr)
+		var err error
+		if l.Listener, err = net.Listen("tcp", l.addr); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(71)
+		}
+		close(l.ready)
 	})
-	if err != nil {
-		return nil, err
-	}
 	return l.Listener.Accept()
+}
+
+func (l *lateListener) Close() error {
+	<-l.ready
+	return l.Listener.Close()
 }
 
 func (f *faulty) readLines(in *bufio.Reader) {
@@ -498,6 +515,12 @@ func greeting(r *bufio.Reader) ([]byte, bool) {
 
 func (f *faulty) choose(offered []byte) byte {
 	for _, method := range []byte{0x80, 0x09, 0} {
+		if f.is("refuses unknown methods") && slices.ContainsFunc(offered, func(m byte) bool { return m != 0x80 && m != 0x09 && m != 0 }) {
+			return 0xff
+		}
+		if f.is("does not know 0x09 alone") && bytes.Equal(offered, []byte{0x09}) {
+			return 0xff
+		}
 		if f.is("prefers no settings") && slices.Contains(offered, 0) {
 			return 0
 		}
@@ -514,8 +537,11 @@ func (f *faulty) choose(offered []byte) byte {
 // settings reads them and returns the code with which they are refused, or 0.
 func (f *faulty) settings(r *bufio.Reader, method byte) byte {
 	largest := 65_536
-	if f.is("takes 4 KiB of settings") {
+	switch {
+	case f.is("takes 4 KiB of settings"):
 		largest = 4096
+	case f.is("takes any length of settings"):
+		largest = 1 << 30
 	}
 	first, err := r.Peek(1)
 	if err != nil {
@@ -531,17 +557,22 @@ func (f *faulty) settings(r *bufio.Reader, method byte) byte {
 		if int64(n) > int64(largest) {
 			return 0x10
 		}
-		text = make([]byte, n)
-		if _, err := io.ReadFull(r, text); err != nil {
+		var all bytes.Buffer
+		if _, err := io.CopyN(&all, r, int64(n)); err != nil {
 			return settingsEnd(err)
 		}
+		text = all.Bytes()
 	} else if text, err = f.rawObject(r, largest); err != nil {
 		return settingsEnd(err)
 	}
 	var object map[string]any
 	switch {
-	case !objectOK(text):
+	case !objectOK(text) && !f.is("takes what is no object"):
 		return 0x12
+	case f.is("refuses empty settings"):
+		return 0x13
+	case f.is("takes unknown settings for bad ones") && len(text) > 10 && bytes.Contains(text, []byte("grease")):
+		return 1
 	case json.Unmarshal(text, &object) != nil || len(object) > 0:
 		return 0x13
 	}
@@ -575,11 +606,13 @@ func (f *faulty) rawObject(r *bufio.Reader, largest int) (text []byte, err error
 		case quoted && !f.is("counts braces in strings"):
 			quoted, escaped = c != '"', c == '\\'
 		case c == '{' || c == '[' && len(open) > 0:
-			if len(open) == 64 {
+			switch {
+			case f.is("takes any depth"):
+			case len(open) == 64, len(open) == 32 && f.is("takes 32 levels"):
 				return nil, errLarge
 			}
 			open = append(open, c+2) // its closing one
-		case len(open) == 0 && !strings.ContainsRune(" \t\r\n", rune(c)):
+		case len(open) == 0 && (f.is("takes no white space") || !strings.ContainsRune(" \t\r\n", rune(c))):
 			return nil, errJSON
 		case len(open) > 0 && c == '"':
 			quoted = true
@@ -616,15 +649,22 @@ func (f *faulty) request(r *bufio.Reader) (dest string, code byte, err error) {
 	case 1:
 		host = net.IP(read(4)).String()
 	case 3:
-		host = string(read(int(read(1)[0])))
+		if host = string(read(int(read(1)[0]))); f.is("takes no names") {
+			return "", 8, nil
+		}
 	case 4:
 		raw = read(16)
 		host = net.IP(raw).String()
 	default:
+		if f.is("does not tell address types") {
+			return "", 1, nil
+		}
 		return "", 8, nil
 	}
 	port := binary.BigEndian.Uint16(read(2))
 	switch {
+	case f.server != "" && f.is("bound to nothing"):
+		return "", 2, err
 	case f.server != "":
 		if (head[3] != 4 || port != 0 || !bytes.Equal(raw, net.IPv6zero)) && !f.is("bound to anything") {
 			return "", 2, err
@@ -680,7 +720,11 @@ func (f *faulty) dial(conn net.Conn, r *bufio.Reader, dest string) (net.Conn, by
 		if f.is("general failures alone") {
 			return nil, 1, r
 		}
-		return nil, faultyClass(err), r
+		return nil, f.class(err), r
+	}
+	if f.total.active >= 100 && f.is("serves a hundred") {
+		wire.Close()
+		return nil, 1, r
 	}
 	f.total.opened++
 	f.total.active++
@@ -688,11 +732,13 @@ func (f *faulty) dial(conn net.Conn, r *bufio.Reader, dest string) (net.Conn, by
 	return wire, 0, r
 }
 
-func faultyClass(err error) byte {
+func (f *faulty) class(err error) byte {
 	var dns *net.DNSError
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return 5
+	case f.is("knows no unknown name") && errors.As(err, &dns):
+		return 2
 	case errors.As(err, &dns):
 		return 4
 	}
@@ -704,7 +750,10 @@ func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
 	if f.host.Proxy == "" || f.is("goes around the proxy") {
 		return d.DialContext(ctx, "tcp", dest)
 	}
-	u, _ := url.Parse(f.host.Proxy)
+	u, err := url.Parse(f.host.Proxy)
+	if err != nil {
+		return nil, err
+	}
 	conn, err := d.DialContext(ctx, "tcp", u.Host)
 	if err != nil {
 		return nil, fmt.Errorf("proxy: %w", err)
@@ -771,6 +820,9 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 				*count += n
 			}
 			f.mu.Unlock()
+			if n == len(b) && f.is("changes full buffers") {
+				b[0]++
+			}
 			if _, werr := to.Write(b[:n]); werr != nil {
 				err = werr
 			}
@@ -804,7 +856,7 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 	f.total.active--
 	f.total.received += counts.received
 	f.total.sent += counts.sent
-	if !f.is("never forgets") {
-		delete(f.conns, name)
+	if delete(f.conns, name); f.is("never forgets") {
+		f.conns[name] = &faultyCounts{}
 	}
 }

@@ -88,12 +88,13 @@ func printable(b []byte) string {
 	}, string(b))
 }
 
-// until waits until cond holds. It is asked again whenever something may have
-// changed, and after a short time anyway.
-func (t *trial) until(cond func() bool) bool {
+// until waits until cond holds, and asks it again and again.
+func (t *trial) until(cond func() bool) bool { return t.untilEvery(5*time.Millisecond, cond) }
+
+func (t *trial) untilEvery(period time.Duration, cond func() bool) bool {
 	ctx, cancel := context.WithTimeout(t.ctx, t.suite.patience)
 	defer cancel()
-	tick := time.NewTicker(5 * time.Millisecond)
+	tick := time.NewTicker(period)
 	defer tick.Stop()
 	for !cond() {
 		select {

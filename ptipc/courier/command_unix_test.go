@@ -3,12 +3,11 @@
 package courier
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -225,36 +224,37 @@ func TestCommandVanishes(t *testing.T) {
 
 // Close ends all processes, also those that do not want to.
 func TestCommandClose(t *testing.T) {
-	stubborn := sh(`trap '' TERM INT HUP; sleep 1000 & echo '{"body":{"pids":['$$','$!']}}'; while :; do wait; done`)
+	held := filepath.Join(t.TempDir(), "held")
+	if err := makePipe(held); err != nil {
+		t.Fatal(err)
+	}
 	before := descriptors()
+	// All of them hold the pipe, so it ends when the last of them has.
+	pipe, err := os.OpenFile(held, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stubborn := sh(`exec 9>"$1"; trap '' TERM INT HUP; sleep 1000 & echo '{"body":{}}'; while :; do wait; done`, held)
 	c, err := startCommand(stubborn, stubborn, Options{}, brisk)
 	if err != nil {
 		t.Fatal(err)
 	}
 	send(t, c, message(1))
-	var pids []int
-	for range 2 {
-		var body struct{ Pids []int }
-		if err := json.Unmarshal(receive(t, c).Body, &body); err != nil {
-			t.Fatal(err)
-		}
-		pids = append(pids, body.Pids...)
-	}
+	receive(t, c)
+	receive(t, c)
 	for range brisk.waiting {
 		_ = c.Send(t.Context(), message(2)) // and with messages that wait
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	pids = slices.DeleteFunc(pids, func(pid int) bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
-	if len(pids) > 0 {
-		// An orphan is reaped by the first process of the system when that gets to it.
-		for _, pid := range pids {
-			if state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(state), ") Z ") {
-				t.Errorf("process %d lives: %s", pid, state)
-			}
-		}
+	if err := pipe.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
 	}
+	if _, err := pipe.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("processes live: %v", err)
+	}
+	pipe.Close()
 	if after := descriptors(); after > before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}

@@ -44,12 +44,13 @@ type method struct {
 
 // child is one process, from its start to its end.
 type child struct {
-	role  string
-	proc  *proc.Process
-	dir   *localnet.Dir
-	env   ptipc.Env
-	log   *slog.Logger
-	trace func(fromChild bool, line []byte)
+	role    string
+	proc    *proc.Process
+	signals chan<- ptipc.Message // to be carried; nil if nobody does
+	dir     *localnet.Dir
+	env     ptipc.Env
+	log     *slog.Logger
+	trace   func(fromChild bool, line []byte)
 
 	lines    lineLimit // of LOG, standard error and what is not understood
 	statuses lineLimit // of STATUS, which a flood of the others must not hide
@@ -79,7 +80,7 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	c := &child{
-		role: s.role, dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
+		role: s.role, signals: s.signals, dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
 	c.proc, err = proc.Start(ctx, proc.Spec{
@@ -164,7 +165,7 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 			err = errors.Join(err, errors.New("the child ended before it was ready"))
 		}
 		if !errors.Is(err, errAnnounced) {
-			c.gone(ctx, time.Second) // it gave up: how it goes belongs to the error
+			c.gone(ctx) // it gave up: how it goes belongs to the error
 		}
 		return err
 	case len(c.methods) == 0:
@@ -184,11 +185,7 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 	if c.role == roleServer {
 		return nil // its sockets are for others
 	}
-	err = c.checkSockets(ctx)
-	if err != nil && ctx.Err() == nil && c.gone(ctx, deathWait) {
-		return errors.New("the child ended as soon as it was ready") // its sockets went with it
-	}
-	return err
+	return c.checkSockets(ctx)
 }
 
 // startError is why a child did not start: what is known from its control lines,
@@ -209,19 +206,20 @@ func startError(why, ended error) error {
 		if silent {
 			return why
 		}
-		return fmt.Errorf("%w\n%v", why, ended)
+		return fmt.Errorf("%w\n%s", why, ended.Error())
 	case silent && exit.Code > 0:
 		return fmt.Errorf("%w: %w", why, ptipc.ExitCode(exit.Code))
 	}
 	return errors.Join(why, ended)
 }
 
-// deathWait is how long the end of a child that has stopped listening is waited for.
-const deathWait = 100 * time.Millisecond
+// deathWait is how long the end of a child that has stopped listening, or has given
+// up, is waited for.
+const deathWait = time.Second
 
 // gone waits a moment for the end of a child that seems to be gone.
-func (c *child) gone(ctx context.Context, wait time.Duration) bool {
-	timer := time.NewTimer(wait)
+func (c *child) gone(ctx context.Context) bool {
+	timer := time.NewTimer(deathWait)
 	defer timer.Stop()
 	select {
 	case <-c.proc.Done():
@@ -241,12 +239,21 @@ func (c *child) checkSockets(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Its sockets go with it, and that is no lie.
+	ended := errors.New("the child ended as soon as it was ready")
+	if len(pids) == 0 {
+		c.gone(ctx) // by itself: how it ended belongs to the error
+		return ended
+	}
 	for name, m := range c.methods {
 		conn, err := connect(ctx, c.dir, m.addr)
-		if err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case c.gone(ctx):
+			return ended
+		default:
 			return fmt.Errorf("%w: %s was announced at %s, where nothing listens: %w (LINE-7)", errAnnounced, name, m.addr, err)
 		}
 		err = localnet.ListenerOwnedBy(conn, pids)
@@ -309,6 +316,14 @@ func (c *child) line(line []byte, truncated bool) {
 		}
 	case stdio.StatsReply:
 		c.answer(m)
+	case stdio.CMessage:
+		if c.role == roleClient {
+			c.signalled(m.Message)
+		}
+	case stdio.SMessage:
+		if c.role == roleServer {
+			c.signalled(m.Message)
+		}
 	default:
 		c.announcement(message)
 	}

@@ -129,7 +129,8 @@ func own(args []string) []string {
 }
 
 // playSay writes the lines that it is given, in which {tcp}, {unix} and {wild} are
-// sockets of its own, and then waits for the end of its standard input.
+// sockets of its own, and then waits for the end of its standard input, or ends at
+// !exit.
 func playSay(args []string) int {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -146,6 +147,9 @@ func playSay(args []string) int {
 	replace := strings.NewReplacer("{tcp}", listener.Addr().String(), "{unix}", "unix:own.sock",
 		"{wild}", fmt.Sprintf("127.0.0.1:%d", wild.Addr().(*net.TCPAddr).Port))
 	for _, line := range own(args) {
+		if line == "!exit" {
+			return int(ptipc.ExitConfig)
+		}
 		fmt.Println(replace.Replace(line))
 	}
 	_, _ = io.Copy(io.Discard, os.Stdin)
@@ -267,15 +271,20 @@ const flooded = 20000
 
 // playFlood is ready, and writes more than anybody wants to read.
 func playFlood([]string) int {
-	go func() {
-		out := bufio.NewWriter(os.Stdout)
-		for i := range flooded {
-			fmt.Fprintf(out, "LOG SEVERITY=warning MESSAGE=flood-%d\n", i)
-		}
-		fmt.Fprintln(out, "STATUS TRANSPORT=x done=1")
-		_ = out.Flush()
-	}()
-	return playSay([]string{"VERSION 1", "CMETHOD x socks5 {tcp}", "CMETHODS DONE"})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 1
+	}
+	defer listener.Close()
+	out := bufio.NewWriter(os.Stdout)
+	fmt.Fprintf(out, "VERSION 1\nCMETHOD x socks5 %s\nCMETHODS DONE\n", listener.Addr())
+	for i := range flooded {
+		fmt.Fprintf(out, "LOG SEVERITY=warning MESSAGE=flood-%d\n", i)
+	}
+	fmt.Fprintln(out, "STATUS TRANSPORT=x done=1")
+	_ = out.Flush()
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
 }
 
 // playNoise floods both outputs before it is ready.

@@ -21,12 +21,12 @@ const nobody = 65534
 // published is a directory that every user can enter, with a copy of this test in it.
 func published(t *testing.T) (dir, path string) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "credential-") // that of t.TempDir lets nobody in
-	if err != nil {
+	dir = filepath.Join(os.TempDir(), "published") // that of t.TempDir lets nobody in
+	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
+	if err := os.Chmod(dir, 0o755); err != nil { // whatever the umask is
 		t.Fatal(err)
 	}
 	from, err := os.Open(os.Args[0])

@@ -21,19 +21,21 @@ import (
 // supervisor keeps one child running: it owns the state directory, the way out
 // that the child is given, and the connections made through it.
 type supervisor struct {
-	command *Command
-	role    string
-	config  ptipc.Opaque
-	env     ptipc.Env
-	log     *slog.Logger
-	path    string // of the state directory
-	dir     *localnet.Dir
-	locked  *localnet.Dir // the same, or what it was before it got another owner
-	temp    bool   // the state directory is removed in the end
-	proxy   string // URL of the child's way out; "" is direct
-	deliver string // where a server brings connections (SRV-3); "" for other roles
-	out     *socks.Server
-	meter   relay.Meter
+	command  *Command
+	role     string
+	config   ptipc.Opaque
+	env      ptipc.Env
+	log      *slog.Logger
+	path     string // of the state directory
+	dir      *localnet.Dir
+	locked   *localnet.Dir // the same, or what it was before it got another owner
+	temp     bool          // the state directory is removed in the end
+	proxy    string        // URL of the child's way out; "" is direct
+	deliver  string        // where a server brings connections (SRV-3); "" for other roles
+	out      *socks.Server
+	meter    relay.Meter
+	signals  chan ptipc.Message // of the child, to be carried; nil if nobody does
+	carrying sync.WaitGroup
 
 	stop     context.CancelFunc // asks supervise to end
 	stopping context.Context
@@ -56,6 +58,9 @@ func newSupervisor(c *Command, role string, config ptipc.Opaque, env ptipc.Env) 
 		changed: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
+	if env.Signals != nil {
+		s.signals = make(chan ptipc.Message, maxSignals)
+	}
 	err := s.openState()
 	if err == nil && env.DialOut != nil {
 		err = s.serveProxy()
@@ -141,6 +146,7 @@ func (s *supervisor) serveProxy() error {
 // release gives everything back but the child.
 func (s *supervisor) release() {
 	s.stop()
+	s.carrying.Wait()
 	if s.out != nil {
 		cut, cancel := context.WithCancel(context.Background())
 		cancel()
@@ -207,6 +213,9 @@ func (s *supervisor) run(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	s.publish(first)
+	if s.signals != nil {
+		s.carrySignals()
+	}
 	go s.supervise(first)
 	return first, nil
 }
@@ -356,7 +365,7 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		raw, err := connect(ctx, c.dir, m.addr)
 		if err != nil {
-			if ctx.Err() == nil && c.gone(ctx, deathWait) {
+			if ctx.Err() == nil && c.gone(ctx) {
 				continue
 			}
 			return nil, fmt.Errorf("the child does not take connections: %w", unreached(ctx, err))

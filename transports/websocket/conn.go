@@ -297,6 +297,7 @@ func (c *conn) drain() {
 		c.sendClose(answer)
 	}
 	if !c.client {
+		_ = c.wire.ready()   // the answer may stand behind what was kept
 		_ = c.stream.Close() // the peer has both frames: it loses nothing
 		return
 	}

@@ -43,3 +43,18 @@ func gorillaServer(c net.Conn) (*websocket.Conn, error) {
 	}
 	return new(websocket.Upgrader).Upgrade(&hijack{httptest.NewRecorder(), c}, r, nil)
 }
+
+// An opened connection swallows its first Write: the response to a handshake
+// that the peer has behind it.
+type opened struct {
+	net.Conn
+	done bool
+}
+
+func (o *opened) Write(p []byte) (int, error) {
+	if !o.done {
+		o.done = true
+		return len(p), nil
+	}
+	return o.Conn.Write(p)
+}
