@@ -381,6 +381,31 @@ func TestNobodyWaitsForAnother(t *testing.T) {
 	(<-accepted).Close()
 }
 
+// FREE-4: when the server has as many carriers as it may, the next one is not
+// accepted until one of them has ended.
+func TestBound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPipeListener()
+		s := serve(&listener{Listener: l}, nil, ptipc.Env{}.Logger(), time.Hour)
+		synctest.Wait() // it waits for the first, and has a place for it
+		for range maxStreams - 1 {
+			s.slots <- struct{}{}
+		}
+		last := l.dial()
+		accepted := make(chan net.Conn, 1)
+		go func() { accepted <- l.dial() }()
+		synctest.Wait()
+		if len(accepted) > 0 {
+			t.Errorf("more than %d carriers were accepted", maxStreams)
+		}
+		last.Close()
+		(<-accepted).Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // FREE-3, FREE-9: what a client sends beyond the limits is not kept.
 func TestFlood(t *testing.T) {
 	t.Run("header", func(t *testing.T) {

@@ -1,6 +1,7 @@
 package free
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -151,7 +152,11 @@ func parseBody(b []byte) (dest string, err error) {
 	}
 	if len(options) > 0 { // FREE-10
 		var unknown map[string]json.RawMessage // all of them are, in this version
-		if err := ptipc.Opaque(options).Decode(&unknown); err != nil {
+		err := ptipc.Opaque(options).Decode(&unknown)
+		if len(bytes.TrimSpace(options)) == 0 { // which Decode takes for {}
+			err = errors.New("they are blank")
+		}
+		if err != nil {
 			return "", ptipc.WithClass(ptipc.ErrSettingsNotJSON, fmt.Errorf("the header's options: %w", err))
 		}
 	}

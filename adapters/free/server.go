@@ -23,7 +23,7 @@ const (
 	headerTimeout = 10 * time.Second // from accept to the end of the header (FREE-4)
 	drainTimeout  = 5 * time.Second  // what streams have left when the server closes (FREE-14)
 
-	answerWriteTimeout = time.Second // an answer is two bytes
+	answerWriteTimeout = drainTimeout // an answer is two bytes on an empty carrier
 
 	maxStreams = 16384 // at any one time, those included whose header is to come (FREE-4)
 

@@ -145,6 +145,15 @@ func run(t *testing.T, cmd *exec.Cmd) string {
 	return string(out)
 }
 
+// startDirect runs a SOCKS5 front before a child that changes nothing.
+func startDirect(t *testing.T) *tool {
+	t.Helper()
+	return startTool(t, writeConfig(t, map[string]any{
+		"transports": map[string]any{"direct": map[string]any{"exec": "builtin:direct"}},
+		"fronts":     []any{map[string]any{"listen": "tcp://127.0.0.1:0", "serve": "socks5", "transport": "direct"}},
+	}))
+}
+
 // curl fetches and uploads 100 MB at once from and to nginx, through a TCP front
 // and a child on a unix socket, and through a unix front and a child on TCP.
 func TestCurlAndNginx(t *testing.T) {
@@ -202,7 +211,7 @@ func TestCurlAndNginx(t *testing.T) {
 // The reply of SOCKS tells programs why (ERR-1).
 func TestCurlErrors(t *testing.T) {
 	curl := testpeer.Need(t, "curl")
-	r := startTool(t, "--listen", "127.0.0.1:0")
+	r := startDirect(t)
 	for dest, reply := range map[string]string{"127.0.0.1:1": "(5)", "no-such-name.invalid:80": "(4)"} {
 		out, err := exec.CommandContext(t.Context(), curl, "-sS", "-m", "30", "--socks5-hostname", r.front, "http://"+dest+"/").CombinedOutput()
 		if err == nil || !strings.Contains(string(out), reply) {
@@ -225,7 +234,7 @@ func TestOtherUsersAreRefused(t *testing.T) {
 		_, _ = bufio.NewReader(conn).ReadString('\n')
 		_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
 	})
-	r := startTool(t, "--listen", "127.0.0.1:0")
+	r := startDirect(t)
 	fetch := func(uid uint32) ([]byte, error) {
 		cmd := exec.CommandContext(t.Context(), curl, "-sS", "-m", "20", "--socks5-hostname", r.front, "http://"+page+"/")
 		cmd.Dir = "/"
@@ -271,7 +280,7 @@ Subsystem sftp internal-sftp
 		t.Fatal(err)
 	}
 	startPeer(t, addr, exec.Command(sshd, "-D", "-e", "-f", filepath.Join(dir, "sshd_config")))
-	r := startTool(t, "--listen", "127.0.0.1:0")
+	r := startDirect(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -312,7 +321,7 @@ func TestNetcatHalfClose(t *testing.T) {
 		asked <- string(all)
 		_, _ = conn.Write(answer)
 	})
-	r := startTool(t, "--listen", "127.0.0.1:0")
+	r := startDirect(t)
 	host, port, _ := net.SplitHostPort(addr)
 	cmd := exec.CommandContext(t.Context(), nc, "-N", "-w", "30", "-X", "5", "-x", r.front, host, port)
 	cmd.Stdin = strings.NewReader("the question")
@@ -332,7 +341,7 @@ func TestOtherClients(t *testing.T) {
 		_, _ = bufio.NewReader(conn).ReadString('\n')
 		_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
 	})
-	r := startTool(t, "--listen", "127.0.0.1:0")
+	r := startDirect(t)
 	host, port, _ := net.SplitHostPort(r.front)
 	_, pagePort, _ := net.SplitHostPort(page)
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	_ "embed"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"pthost/adapters/free"
 	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 	"pthost/ptipc/front"
@@ -25,9 +25,6 @@ import (
 // drainTime is how long connections may go on after Ctrl-C.
 const drainTime = 3 * time.Second
 
-//go:embed default.json
-var defaultConfig []byte
-
 func newRun(o *options) *cobra.Command {
 	var listen string
 	var check bool
@@ -35,8 +32,9 @@ func newRun(o *options) *cobra.Command {
 		Use:   "run [HOST.json]",
 		Short: "Run transports and the fronts before them until Ctrl-C",
 		Long: `Starts each transport of HOST.json, watches it, and opens the fronts through which
-ordinary programs use it. Without a file it runs a transport of its own behind a
-SOCKS5 proxy on 127.0.0.1:1080 and fetches a page through it, as a proof.
+ordinary programs use it. Without a file it runs both ends of a WebSocket over TLS
+in children of their own, behind a SOCKS5 proxy on 127.0.0.1:1080, and fetches a
+page through it all, as a proof.
 
 Other users of this machine are refused at every front. Ctrl-C ends everything
 that was started; a second one does so at once.
@@ -58,38 +56,28 @@ with a file without starting anything.`,
 			}
 			r := &runner{opener: opener, out: cmd.OutOrStdout(), transports: map[string]*ptipc.Transport{}, servers: map[string]ptipc.ServerManager{}}
 			var file *config.File
+			var p *proof
 			if len(args) == 1 {
 				if listen != "" {
 					return fmt.Errorf("--listen moves the front of the embedded default; %s has fronts of its own: %w", args[0], ptipc.ExitUsage)
 				}
 				file, err = config.Load(args[0])
 			} else {
-				file, err = embedded(listen)
+				if p, err = newProof(); err != nil {
+					return err
+				}
+				defer p.close()
+				file, err = embedded(cmd.Context(), opener, listen, p.addr())
 			}
 			if err != nil {
 				return err
 			}
-			return r.run(cmd.Context(), file, len(args) == 0, check)
+			return r.run(cmd.Context(), file, p, check)
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", "", "where the front of the embedded default listens, IP:PORT (default 127.0.0.1:1080)")
 	cmd.Flags().BoolVar(&check, "check", false, "stop when everything has started, and was proved to work; exit code 0 or 1")
 	return cmd
-}
-
-// embedded is the configuration that runs without a file.
-func embedded(listen string) (*config.File, error) {
-	file, err := config.Parse(defaultConfig)
-	if err != nil {
-		return nil, fmt.Errorf("the embedded default: %w", err)
-	}
-	if listen != "" {
-		file.Fronts[0].Listen = "tcp://" + listen
-		if err := file.Fronts[0].Validate(); err != nil {
-			return nil, fmt.Errorf("--listen: %w: %w", err, ptipc.ExitUsage)
-		}
-	}
-	return file, nil
 }
 
 func newCheck() *cobra.Command {
@@ -139,7 +127,7 @@ type runningFront struct {
 	ended    chan error
 }
 
-func (r *runner) run(ctx context.Context, file *config.File, prove, check bool) (err error) {
+func (r *runner) run(ctx context.Context, file *config.File, p *proof, check bool) (err error) {
 	defer func() {
 		if stopErr := r.stop(ctx); stopErr != nil {
 			err = errors.Join(err, stopErr)
@@ -156,8 +144,8 @@ func (r *runner) run(ctx context.Context, file *config.File, prove, check bool) 
 		}
 		return err
 	}
-	if prove {
-		if err := r.prove(ctx); err != nil {
+	if p != nil {
+		if err := r.prove(ctx, p); err != nil {
 			return fmt.Errorf("the proof failed: %w", err)
 		}
 	}
@@ -207,13 +195,25 @@ func (r *runner) startServer(ctx context.Context, name string, t config.Transpor
 		return err
 	}
 	where := "connecting its clients itself"
-	if t.Deliver == "" {
+	switch {
+	case len(t.Via) > 0:
+		config, err := freeConfig(t)
+		if err != nil {
+			return err
+		}
+		manager, err := free.Server(*command.Server()).Proxy(ctx, config, r.opener.env(name, t.State))
+		if err != nil {
+			return err
+		}
+		r.servers[name] = manager
+		where = "free: connecting its clients to where they want to go"
+	case t.Deliver == "":
 		manager, err := command.Server().Proxy(ctx, t.Config, r.opener.env(name, t.State))
 		if err != nil {
 			return err
 		}
 		r.servers[name] = manager
-	} else {
+	default:
 		listener, err := command.Server().Listen(ctx, t.Config, r.opener.env(name, t.State))
 		if err != nil {
 			return err
@@ -234,11 +234,15 @@ func (r *runner) startServer(ctx context.Context, name string, t config.Transpor
 }
 
 func (r *runner) startFront(f config.Front) error {
-	chosen, name, err := factory(r.transports[f.Transport], f.Connection)
+	transport, err := adapt(r.transports[f.Through()], f.Adapters())
+	if err != nil {
+		return fmt.Errorf("via: %w: %w", err, ptipc.ExitConfig)
+	}
+	chosen, name, err := factory(transport, f.Connection)
 	if err != nil {
 		return fmt.Errorf("connection: %w: %w", err, ptipc.ExitConfig)
 	}
-	log := r.opener.log.With("front", f.Listen, "transport", f.Transport)
+	log := r.opener.log.With("front", f.Listen, "transport", f.Through())
 	var server front.Server
 	switch {
 	case f.Serve == "socks5" && chosen.Bound:
@@ -259,7 +263,7 @@ func (r *runner) startFront(f config.Front) error {
 	running := &runningFront{Front: f, server: server, listener: listener, ended: make(chan error, 1)}
 	r.fronts = append(r.fronts, running)
 	go func() { running.ended <- server.Serve(listener) }()
-	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), f.Transport)
+	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), strings.Join(append(f.Adapters(), f.Through()), " over "))
 	return nil
 }
 

@@ -56,7 +56,13 @@ The builtin transports are: ` + strings.Join(builtins(), ", ") + `.`,
 
 // builtinTransport is a transport that this tool carries, with the sides that it has.
 func builtinTransport(name string) child.Transport {
-	return child.Transport{Client: builtin.Clients[name], Server: builtin.Servers[name]}
+	own := child.Transport{Client: builtin.Clients[name]}
+	if server, ok := builtin.Servers[name]; ok {
+		named := *server
+		named.Name = name
+		own.Server = &named
+	}
+	return own
 }
 
 // launchCommand is what the host puts before a child's command line.

@@ -39,7 +39,8 @@ var argCases = []Case{
 
 	must("ARG-4/standard-input", func(t *trial) {
 		t.extended()
-		c := t.ready(launch{args: []string{"client", "-"}, first: t.suite.firstLine(0)})
+		c := t.start(launch{args: []string{"client", "-"}, first: t.suite.firstLine(0)})
+		t.getsReady(c)
 		t.open(c, t.dest(c))
 	}),
 	must("ARG-4/no-role", func(t *trial) {
@@ -177,10 +178,18 @@ var classes = []byte{1, 2, 3, 4, 5, 6, 7, 8, tooLarge, tooLate, notJSON, setting
 // starts demands that a child gets ready, and stops it again.
 func (t *trial) starts(l launch) {
 	c := t.start(l)
-	if !t.settled(c) {
-		t.fell("a child that gets ready", "it did not in %v%s", t.suite.patience, t.whyNot(c))
-	}
+	t.getsReady(c)
 	c.stop()
+}
+
+func (t *trial) getsReady(c *child) {
+	if !t.settled(c) {
+		t.fellUnready(c)
+	}
+}
+
+func (t *trial) fellUnready(c *child) {
+	t.fell("a CMETHOD and CMETHODS DONE", "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
 }
 
 // anyExit demands an exit with a code of ERR-4 that is not success.

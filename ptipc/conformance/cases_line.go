@@ -119,7 +119,6 @@ var lineCases = []Case{
 	}),
 	must("LINE-7/last", func(t *trial) {
 		c := t.ready(launch{})
-		t.open(c, t.dest(c)).close()
 		c.stop()
 		seen := false
 		for _, line := range c.lines() {

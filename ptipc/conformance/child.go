@@ -292,7 +292,7 @@ func (t *trial) isReady(c *child, usual bool) {
 	case usual:
 		// Once is enough to know; a child that hangs would take all patience each time.
 		t.suite.unready = true
-		t.fell("a CMETHOD and CMETHODS DONE", "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
+		t.fellUnready(c)
 	default:
 		t.cannot("the child did not get ready%s", t.whyNot(c))
 	}

@@ -3,9 +3,11 @@ package conformance
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -251,6 +253,12 @@ func newSuite(subject Subject, options Options) (*suite, error) {
 	if subject.Path == "" {
 		return nil, fmt.Errorf("conformance: Subject.Path is empty; name an executable: %w", ptipc.ExitUsage)
 	}
+	if subject.Dest != "" {
+		host, port, err := net.SplitHostPort(subject.Dest)
+		if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || len(host) > 255 {
+			return nil, fmt.Errorf("conformance: Subject.Dest is %q; write host:port with a port number: %w", subject.Dest, ptipc.ExitUsage)
+		}
+	}
 	if options.Patience == 0 {
 		options.Patience = defaultPatience
 	}
@@ -286,6 +294,10 @@ func (s *suite) judge(ctx context.Context, c Case) Result {
 	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
 	defer cancel()
 	t := &trial{ctx: ctx, suite: s, result: Result{Case: c}}
+	if err := context.Cause(ctx); err != nil {
+		t.result.Verdict, t.result.Why = NotRun, "the run was ended: "+err.Error()
+		return t.result
+	}
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)

@@ -264,7 +264,7 @@ func (f *faulty) listen() string {
 	switch {
 	case f.host.Listen == "unix" && !f.is("listens on TCP alone"):
 		f.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: "s", Net: "unix"})
-		if err == nil && f.is("open unix socket") {
+		if err == nil && (f.is("open unix socket") || f.is("open to everybody")) {
 			err = os.Chmod("s", 0o666)
 		} else if err == nil {
 			err = os.Chmod("s", 0o600)
@@ -415,7 +415,7 @@ func (f *faulty) accept() {
 
 func (f *faulty) welcome(conn net.Conn) bool {
 	cred, err := localnet.Peer(conn)
-	return f.is("lets everybody in") || err == nil &&
+	return f.is("lets everybody in") || f.is("open to everybody") || err == nil &&
 		(int(cred.UID) == os.Geteuid() || int(cred.UID) == f.host.UID && !f.is("does not let the host in"))
 }
 
@@ -426,7 +426,7 @@ func (f *faulty) serve(conn net.Conn, relay func(func())) {
 		return
 	}
 	if !f.is("waits forever") {
-		_ = conn.SetDeadline(time.Now().Add(limit))
+		_ = conn.SetReadDeadline(time.Now().Add(limit))
 	}
 	r := bufio.NewReaderSize(conn, 128<<10)
 	dest, code, ok := f.handshake(conn, r)
@@ -838,11 +838,11 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 				}
 				return
 			}
-			_ = to.(interface{ CloseWrite() error }).CloseWrite()
 			if f.is("ends both directions at once") {
 				client.Close()
 				wire.Close()
 			}
+			_ = to.(interface{ CloseWrite() error }).CloseWrite()
 			return
 		}
 	}

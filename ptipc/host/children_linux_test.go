@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"pthost/ptipc"
 	author "pthost/ptipc/child"
@@ -36,6 +37,7 @@ func init() {
 		"far":     playFar,
 		"noise":   playNoise,
 		"brief":   playBrief,
+		"leave":   playLeave,
 
 		"data-as-other": func([]string) int { return playAs("other", "") },
 		"data-bound":    func([]string) int { return playAs("direct", " ARGS:bound=1") },
@@ -246,6 +248,29 @@ func playData(args []string) int {
 		}
 		if _, err := conn.Read(make([]byte, 1)); err == nil {
 			return playExit(args)
+		}
+		conn.Close()
+	}
+}
+
+// playLeave is ready, stops listening when somebody sends it a byte, and is gone a
+// little later.
+func playLeave([]string) int {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 1
+	}
+	fmt.Printf("VERSION 1\nCMETHOD direct socks5 %s\nCMETHODS DONE\n", listener.Addr())
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return 1
+		}
+		if _, err := conn.Read(make([]byte, 1)); err == nil {
+			listener.Close()
+			conn.Close()
+			<-time.After(200 * time.Millisecond)
+			return 1
 		}
 		conn.Close()
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/net/nettest"
 
 	"pthost/ptipc"
 	"pthost/ptipc/localnet"
@@ -44,6 +47,56 @@ func TestOpen(t *testing.T) {
 	}
 	if _, err := transport.Connections["free"].Dial(t.Context(), nil, echo); !errors.Is(err, net.ErrClosed) {
 		t.Error("a dial after Close:", err)
+	}
+}
+
+// A connection through a child is a net.Conn like any other.
+func TestConn(t *testing.T) {
+	far, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close() })
+	transport := open(t, self("direct"), `{}`, ptipc.Env{})
+	nettest.TestConn(t, func() (near, wire net.Conn, stop func(), err error) {
+		if near, err = transport.Connections["direct"].Dial(within(t), nil, far.Addr().String()); err != nil {
+			return nil, nil, nil, err
+		}
+		if wire, err = far.Accept(); err != nil {
+			near.Close()
+			return nil, nil, nil, err
+		}
+		return near, wire, func() { near.Close(); wire.Close() }, nil
+	})
+}
+
+// SOCKS-15: the end of one direction goes through a child, and leaves the other open.
+func TestHalfClose(t *testing.T) {
+	far, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close() })
+	const size = 3 << 20
+	go func() {
+		conn, err := far.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		n, _ := io.Copy(io.Discard, conn)
+		fmt.Fprintf(conn, "%d bytes came", n)
+	}()
+	conn := dial(t, open(t, self("direct"), `{}`, ptipc.Env{}).Connections["direct"], "", far.Addr().String())
+	if _, err := conn.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(conn)
+	if err != nil || string(answer) != fmt.Sprintf("%d bytes came", size) {
+		t.Errorf("%q, %v", answer, err)
 	}
 }
 

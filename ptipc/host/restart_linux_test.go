@@ -86,6 +86,17 @@ func TestDialDuringRestart(t *testing.T) {
 	}
 }
 
+// A child that has stopped listening and is about to end is as good as gone: the
+// dial waits for the one that comes after it, since nothing was sent yet.
+func TestDialWhileChildLeaves(t *testing.T) {
+	transport := open(t, self("steps", "leave", "direct"), `{}`, ptipc.Env{})
+	factory, echo := transport.Connections["direct"], server(t)
+	if _, err := factory.Dial(within(t), nil, echo); err == nil {
+		t.Fatal("the child that leaves has answered")
+	}
+	talk(t, dial(t, factory, "", echo), "next")
+}
+
 // SOCKS-15: what a killed child was relaying breaks, and does not look complete
 // where the socket can tell: here the child had bytes of ours that it had not read.
 func TestKillBreaksConnections(t *testing.T) {

@@ -206,6 +206,9 @@ func TestServerWithoutItsHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	client, err := net.Dial("tcp", l.Addr().String())
+	if errors.Is(err, syscall.ECONNRESET) {
+		return // even before the dial was done
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

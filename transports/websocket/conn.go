@@ -228,7 +228,7 @@ func (c *conn) fault(err error) {
 // lost ends both streams because the wire broke. One whose end has been seen
 // stays as it is.
 func (c *conn) lost(err error) {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = fmt.Errorf("websocket: the connection ended without a close frame: %w", io.ErrUnexpectedEOF)
 	}
 	c.mu.Lock()

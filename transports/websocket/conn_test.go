@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -83,7 +84,7 @@ func TestHalfClose(t *testing.T) {
 			t.Errorf("read %q, %v", got, err)
 		}
 		for _, c := range []ptipc.Conn{a, b} {
-			if n, err := c.Read(buf); n != 0 || err != io.EOF {
+			if n, err := c.Read(buf); n != 0 || !errors.Is(err, io.EOF) {
 				t.Errorf("after the end: %d, %v", n, err)
 			}
 		}
@@ -122,7 +123,7 @@ func TestAbort(t *testing.T) {
 		if err := a.(interface{ Abort() error }).Abort(); err != nil {
 			t.Error(err)
 		}
-		if _, err := b.Read(buf); err == nil || err == io.EOF {
+		if _, err := b.Read(buf); err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("the peer of an aborted connection reads %v", err)
 		}
 		if _, err := a.Read(buf); !errors.Is(err, net.ErrClosed) {
@@ -144,10 +145,10 @@ func TestCloseCuts(t *testing.T) {
 				p.listener.Close()
 				a, b = b, a
 			}
-			if _, err := a.Read(make([]byte, 1)); err == nil || err == io.EOF {
+			if _, err := a.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("this side reads %v", err)
 			}
-			if _, err := b.Read(make([]byte, 1)); err == nil || err == io.EOF {
+			if _, err := b.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("the other side reads %v", err)
 			}
 			a.Close()
@@ -253,7 +254,7 @@ func TestPing(t *testing.T) {
 		if err := peer.WriteMessage(websocket.BinaryMessage, nil); err != nil {
 			t.Fatal(err)
 		}
-		if err := <-reading; err != io.EOF {
+		if err := <-reading; !errors.Is(err, io.EOF) {
 			t.Errorf("read %v", err)
 		}
 		ask("two")
@@ -422,5 +423,81 @@ func mustCloseWrite(t *testing.T, c ptipc.Conn) {
 	t.Helper()
 	if err := c.CloseWrite(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A connection that nobody takes is closed with a code that says so (WS-12).
+func TestRefuse(t *testing.T) {
+	c, far := newPipe(t, false, 0)
+	go c.refuse()
+	if _, _, code := readFrames(far); code != websocket.CloseTryAgainLater {
+		t.Errorf("closed with code %d, want 1013", code)
+	}
+}
+
+// What waits behind a frame that was kept is bounded.
+func TestRestIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := newPipe(t, false, 0)
+		c.SetWriteDeadline(time.Now().Add(time.Second))
+		if n, err := c.wire.Write(make([]byte, maxPayload)); n != maxPayload || err != nil {
+			t.Fatal(n, err)
+		}
+		synctest.Wait() // it is on its way again
+		total, piece := 0, make([]byte, 1000)
+		for {
+			n, err := c.wire.Write(piece)
+			if total += n; err != nil {
+				break
+			}
+			if total > maxRest {
+				t.Fatalf("%d bytes wait", total)
+			}
+		}
+	})
+}
+
+// Thousands of idle connections take little memory each.
+func TestManyIdle(t *testing.T) {
+	count := 3000
+	if testing.Short() {
+		count = 300
+	}
+	for _, scheme := range schemes {
+		t.Run(scheme, func(t *testing.T) {
+			p := newPair(t, scheme)
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			var clients, servers []net.Conn
+			var readers sync.WaitGroup
+			for range count {
+				a, b := p.connect(t)
+				clients, servers = append(clients, a), append(servers, b)
+				for _, c := range []net.Conn{a, b} {
+					readers.Go(func() {
+						buf := make([]byte, 1<<10)
+						if n, err := c.Read(buf); n != 5 || err != nil {
+							t.Errorf("read %d, %v", n, err)
+						}
+					})
+				}
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			used := int64(after.HeapInuse+after.StackInuse) - int64(before.HeapInuse+before.StackInuse)
+			t.Logf("%d bytes for each of %d connections, both ends and their readers", used/int64(count), count)
+			if each := used / int64(count); each > 100<<10 {
+				t.Errorf("%d bytes for each connection", each)
+			}
+			for i := range clients { // all of them live
+				mustWrite(t, clients[i], "hello")
+				mustWrite(t, servers[i], "hello")
+			}
+			readers.Wait()
+			for _, c := range append(clients, servers...) {
+				c.Close()
+			}
+		})
 	}
 }

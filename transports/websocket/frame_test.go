@@ -63,6 +63,7 @@ func readFrames(c net.Conn) (stream string, pongs []string, code int) {
 				if len(d.control) >= 2 {
 					code = int(binary.BigEndian.Uint16(d.control))
 				}
+			default:
 			}
 		}
 		if err != nil {
@@ -155,9 +156,9 @@ func TestFrames(t *testing.T) {
 						t.Errorf("read %d bytes %.20q, want %d", len(got), got, len(test.want))
 					}
 					switch {
-					case test.err == "" && err != io.EOF:
+					case test.err == "" && !errors.Is(err, io.EOF):
 						t.Errorf("the stream ends with %v, want the end of the stream", err)
-					case test.err != "" && (err == io.EOF || !strings.Contains(err.Error(), test.err)):
+					case test.err != "" && (errors.Is(err, io.EOF) || !strings.Contains(err.Error(), test.err)):
 						t.Errorf("the stream ends with %v, want %s", err, test.err)
 					}
 					if a := <-answered; a.code != test.code {

@@ -2,6 +2,8 @@ package websocket
 
 import (
 	"bufio"
+	"crypto/sha1"
+	"encoding/base64"
 	"io"
 	"net"
 	"net/http"
@@ -57,4 +59,10 @@ func (o *opened) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	return o.Conn.Write(p)
+}
+
+// acceptKey is RFC 6455's answer to a key.
+func acceptKey(key string) string {
+	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	return base64.StdEncoding.EncodeToString(sum[:])
 }

@@ -168,7 +168,10 @@ func (s *server) start(secure *tls.Config, env ptipc.Env) {
 	}
 	go func() {
 		defer close(s.ended)
-		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		err := s.http.Serve(l)
+		select {
+		case <-s.done: // Close has ended it
+		default:
 			s.err = fmt.Errorf("websocket: the listening socket failed: %w", err)
 		}
 		s.stop()
@@ -255,11 +258,12 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 	c := newConn(stream, o.wire, false, nil, s.remote(r, stream), time.Duration(s.config.Ping))
 	wait := time.NewTimer(handshakeTime)
 	defer wait.Stop()
+	o.served.Store(true) // before somebody has it and may close it
 	select {
 	case s.conns <- c:
-		o.served.Store(true)
 		o.leave()
 	case <-wait.C:
+		o.served.Store(false)
 		s.log.Warn("a connection was not accepted in time", "remote", c.RemoteAddr())
 		c.refuse()
 	case <-s.done:

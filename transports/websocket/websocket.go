@@ -202,7 +202,7 @@ func (c *client) dial(ctx context.Context, opaque ptipc.Opaque, _ string) (net.C
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("websocket: no connection through %s: %w", to.Host, err)
+		return nil, fmt.Errorf("websocket: cannot connect to %s: %w", to.Host, err)
 	}
 	return conn, nil
 }

@@ -80,6 +80,12 @@ func (g *group) close() {
 	g.work.Wait()
 }
 
+// maxRest is the most that waits behind a frame that was kept. Only a hostile
+// peer, by what TLS has to answer on its own, makes more of it.
+const maxRest = 2 * maxPayload
+
+var errRest = errors.New("websocket: too much waits for a peer that does not read")
+
 // A wire is the network connection, under TLS and frames, whose writes never
 // fail because of a deadline: TLS would be corrupt from then on, and half a
 // frame would be out. What a deadline keeps from being written is kept here, at
@@ -114,8 +120,11 @@ func (w *wire) Read(p []byte) (int, error) {
 func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	if w.flushed != nil { // a control frame or the end, small and few: see ready and stuck
+		defer w.mu.Unlock()
+		if len(w.rest)+len(p) > maxRest {
+			return 0, errRest
+		}
 		w.rest = append(w.rest, p...)
-		w.mu.Unlock()
 		return len(p), nil
 	}
 	w.mu.Unlock()

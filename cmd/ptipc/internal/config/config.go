@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"pthost/ptipc"
+	"pthost/ptipc/egress"
 )
 
 // maxSize bounds the file. A configuration is kilobytes; more is a mistake.
@@ -49,8 +50,10 @@ type Transport struct {
 	StartTimeout Duration `json:"start_timeout,omitempty"`
 	StopTimeout  Duration `json:"stop_timeout,omitempty"`
 
-	Deliver       string `json:"deliver,omitempty"`        // of a server: where its connections go
-	ProxyProtocol bool   `json:"proxy_protocol,omitempty"` // with a PROXY protocol header in front
+	Via           []string       `json:"via,omitempty"`            // of a server: free
+	Egress        *egress.Policy `json:"egress,omitempty"`         // where a server that was made free may dial
+	Deliver       string         `json:"deliver,omitempty"`        // of a server: where its connections go
+	ProxyProtocol bool           `json:"proxy_protocol,omitempty"` // with a PROXY protocol header in front
 
 	Attach map[string]string `json:"attach,omitempty"` // connection factory name to address, in place of Exec
 }
@@ -67,7 +70,8 @@ type Restart struct {
 type Front struct {
 	Listen     string       `json:"listen"`               // tcp://IP:PORT or unix:///PATH
 	Serve      string       `json:"serve"`                // socks5 or forward
-	Transport  string       `json:"transport"`            // a key of transports
+	Transport  string       `json:"transport,omitempty"`  // a key of transports
+	Via        []string     `json:"via,omitempty"`        // in its place: adapters, the last entry a key of transports
 	Connection string       `json:"connection,omitempty"` // connection factory name; may be left out when there is one
 	Settings   ptipc.Opaque `json:"settings,omitempty"`   // connection settings
 	Dest       string       `json:"dest,omitempty"`       // where a forward through a free transport goes
@@ -165,10 +169,14 @@ func (f *File) Validate() error {
 	listens := map[string]bool{}
 	for i, front := range f.Fronts {
 		at := "/fronts/" + strconv.Itoa(i)
-		if t, ok := f.Transports[front.Transport]; ok && t.Role == "server" {
-			return &ptipc.ConfigError{Pointer: at + "/transport", Value: strconv.Quote(front.Transport), Problem: "is a server, through which nothing can be sent", Remedy: "name a client"}
+		name, where := front.Through(), at+"/transport"
+		if len(front.Via) > 0 {
+			where = at + "/via/" + strconv.Itoa(len(front.Via)-1)
+		}
+		if t, ok := f.Transports[name]; ok && t.Role == "server" {
+			return &ptipc.ConfigError{Pointer: where, Value: strconv.Quote(name), Problem: "is a server, through which nothing can be sent", Remedy: "name a client"}
 		} else if !ok {
-			return &ptipc.ConfigError{Pointer: at + "/transport", Value: strconv.Quote(front.Transport), Problem: "is not one of the transports", Remedy: "name a key of /transports"}
+			return &ptipc.ConfigError{Pointer: where, Value: strconv.Quote(name), Problem: "is not one of the transports", Remedy: "name a key of /transports"}
 		}
 		if listens[front.Listen] && !strings.HasSuffix(front.Listen, ":0") {
 			return &ptipc.ConfigError{Pointer: at + "/listen", Value: strconv.Quote(front.Listen), Problem: "is taken by a front above", Remedy: "give each front an address of its own"}
@@ -226,6 +234,12 @@ func (t *Transport) Validate() error {
 // validateServer checks what belongs to the role server.
 func (t *Transport) validateServer() error {
 	if t.Role != "server" {
+		if len(t.Via) > 0 {
+			return &ptipc.ConfigError{Pointer: "/via", Problem: "belongs to a server here", Remedy: "name the adapters of a client in the via of a front"}
+		}
+		if t.Egress != nil {
+			return &ptipc.ConfigError{Pointer: "/egress", Problem: "belongs to a server", Remedy: `remove it, or write "role": "server" and "via": ["free"]`}
+		}
 		if t.Deliver != "" {
 			return &ptipc.ConfigError{Pointer: "/deliver", Value: strconv.Quote(t.Deliver), Problem: "belongs to a server", Remedy: `remove it, or write "role": "server"`}
 		}
@@ -236,6 +250,17 @@ func (t *Transport) validateServer() error {
 	}
 	if len(t.Attach) > 0 {
 		return &ptipc.ConfigError{Pointer: "/attach", Problem: "cannot be done to a server", Remedy: `start it with "exec"`}
+	}
+	for i, name := range t.Via {
+		if name != "free" || i > 0 {
+			return &ptipc.ConfigError{Pointer: "/via/" + strconv.Itoa(i), Value: strconv.Quote(name), Problem: "cannot be put on a server", Remedy: `write ["free"], once, for a server that connects its clients to where they want to go`}
+		}
+	}
+	if len(t.Via) > 0 && t.Deliver != "" {
+		return &ptipc.ConfigError{Pointer: "/deliver", Value: strconv.Quote(t.Deliver), Problem: "has no meaning for a free server, which connects its clients itself", Remedy: "remove it, or via"}
+	}
+	if t.Egress != nil && len(t.Via) == 0 {
+		return &ptipc.ConfigError{Pointer: "/egress", Problem: "has no meaning for a server that is not free", Remedy: `add "via": ["free"]`}
 	}
 	if t.ProxyProtocol && t.Deliver == "" {
 		return &ptipc.ConfigError{Pointer: "/proxy_protocol", Value: "true", Problem: "has no service to go to", Remedy: `add "deliver"`}
@@ -251,8 +276,69 @@ func (t *Transport) validateServer() error {
 	return &ptipc.ConfigError{Pointer: "/deliver", Value: strconv.Quote(t.Deliver), Problem: "is not a service to deliver to", Remedy: "write tcp://HOST:PORT or unix:///PATH"}
 }
 
+// Through is the transport that the front uses.
+func (f *Front) Through() string {
+	if len(f.Via) > 0 {
+		return f.Via[len(f.Via)-1]
+	}
+	return f.Transport
+}
+
+// Adapters are what stands between the front and its transport, the outermost first.
+func (f *Front) Adapters() []string {
+	if len(f.Via) == 0 {
+		return nil
+	}
+	return f.Via[:len(f.Via)-1]
+}
+
+// BoundPrefix marks the adapter that fixes a destination: bound:HOST:PORT.
+const BoundPrefix = "bound:"
+
+// validateVia refuses paths that make no sense: what each adapter takes and makes is
+// known without the transport at their end.
+func (f *Front) validateVia() error {
+	switch {
+	case f.Transport == "" && len(f.Via) == 0:
+		return &ptipc.ConfigError{Pointer: "/transport", Problem: "is missing", Remedy: "name a key of /transports, or a path of adapters to one in /via"}
+	case f.Transport != "" && len(f.Via) > 0:
+		return &ptipc.ConfigError{Pointer: "/via", Problem: "stands beside transport", Remedy: "keep one of the two; the last entry of via names the transport"}
+	}
+	above := "" // what the adapter above makes of what is below it
+	for i, name := range f.Adapters() {
+		at := "/via/" + strconv.Itoa(i)
+		dest, isBound := strings.CutPrefix(name, BoundPrefix)
+		kind := "bound"
+		switch {
+		case isBound && !destination(dest):
+			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "has no destination", Remedy: "write bound:HOST:PORT"}
+		case !isBound && name != "free":
+			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "is not an adapter", Remedy: "write free or bound:HOST:PORT; the transport comes last"}
+		case !isBound:
+			kind = "free"
+		}
+		if kind == above {
+			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "comes under its own kind: what it makes is " + kind + " already, and the one above needs the other", Remedy: "remove one of the two"}
+		}
+		if i == 0 && isBound && f.Serve == "socks5" {
+			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "leaves a SOCKS5 proxy nothing to choose: its clients name their destinations", Remedy: `put "free" above it, or write "serve": "forward"`}
+		}
+		above = kind
+	}
+	return nil
+}
+
+func destination(text string) bool {
+	host, port, err := net.SplitHostPort(text)
+	n, perr := strconv.ParseUint(port, 10, 16)
+	return err == nil && perr == nil && host != "" && n != 0
+}
+
 // Validate checks one front.
 func (f *Front) Validate() error {
+	if err := f.validateVia(); err != nil {
+		return err
+	}
 	if f.Serve == "" {
 		return &ptipc.ConfigError{Pointer: "/serve", Value: `""`, Problem: "is empty", Remedy: "write socks5 or forward"}
 	}
@@ -263,8 +349,7 @@ func (f *Front) Validate() error {
 		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "has no meaning for a SOCKS5 proxy, whose clients name their destinations", Remedy: `remove it, or write "serve": "forward"`}
 	}
 	if f.Dest != "" {
-		host, port, err := net.SplitHostPort(f.Dest)
-		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || host == "" || n == 0 {
+		if !destination(f.Dest) {
 			return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "is not a destination", Remedy: "write HOST:PORT"}
 		}
 	}

@@ -40,6 +40,10 @@ func front(change string) string {
 	return `{"transports":{"a":{"exec":"x"}},"fronts":[{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"` + change + `}]}`
 }
 
+func via(path string) string {
+	return strings.Replace(front(""), `"transport":"a"`, `"via":[`+path+`]`, 1)
+}
+
 // Each fault is found at its place. What the schema can say it says as well;
 // what one key says of another it cannot, and JSON's duplicate keys it never sees.
 func TestFaults(t *testing.T) {
@@ -84,6 +88,19 @@ func TestFaults(t *testing.T) {
 		{"transport", strings.Replace(front(""), `"transport":"a"`, `"transport":"b"`, 1), "/fronts/0/transport", "name a key", false},
 		{"dest of socks5", front(`,"dest":"a:1"`), "/fronts/0/dest", "forward", false},
 		{"dest", strings.Replace(front(`,"dest":"a"`), "socks5", "forward", 1), "/fronts/0/dest", "HOST:PORT", false},
+		{"no transport", `{"transports":{"a":{"exec":"x"}},"fronts":[{"listen":"tcp://127.0.0.1:1","serve":"socks5"}]}`, "/fronts/0/transport", "via", true},
+		{"transport and via", front(`,"via":["free","a"]`), "/fronts/0/via", "keep one", true},
+		{"via nothing", via(`"b"`), "/fronts/0/via/0", "name a key", false},
+		{"via unknown", via(`"fre","a"`), "/fronts/0/via/0", "is not an adapter", false},
+		{"via twice", via(`"free","free","a"`), "/fronts/0/via/1", "its own kind", false},
+		{"via bound to nowhere", via(`"free","bound:x","a"`), "/fronts/0/via/1", "bound:HOST:PORT", false},
+		{"via bound on top", via(`"bound:x:1","a"`), "/fronts/0/via/0", "nothing to choose", false},
+		{"via of a client", base(`,"via":["free"]`), "/transports/a/via", "front", false},
+		{"egress of a client", base(`,"egress":{}`), "/transports/a/egress", "server", false},
+		{"egress of a bound server", base(`,"role":"server","egress":{}`), "/transports/a/egress", "via", false},
+		{"egress rule", base(`,"role":"server","via":["free"],"egress":{"allow":["x"]}`), "/transports/a/egress/allow/0", "", false},
+		{"via of a server", base(`,"role":"server","via":["bound:x:1"]`), "/transports/a/via/0", "free", true},
+		{"via and deliver", base(`,"role":"server","via":["free"],"deliver":"tcp://a:1"`), "/transports/a/deliver", "itself", false},
 		{"listen twice", `{"transports":{"a":{"exec":"x"}},"fronts":[` + strings.Repeat(`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"},`, 1) +
 			`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"}]}`, "/fronts/1/listen", "taken", false},
 	}

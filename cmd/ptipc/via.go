@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"pthost/adapters/bound"
+	"pthost/adapters/free"
+	"pthost/cmd/ptipc/internal/config"
+	"pthost/ptipc"
+)
+
+// adapt puts adapters over a transport that runs already, the outermost first. The
+// transport is still its owner's to close.
+func adapt(t *ptipc.Transport, adapters []string) (*ptipc.Transport, error) {
+	for _, name := range slices.Backward(adapters) {
+		below := *t
+		below.Close = func() error { return nil }
+		open := func(context.Context, ptipc.Opaque, ptipc.Env) (*ptipc.Transport, error) { return &below, nil }
+		dest, isBound := strings.CutPrefix(name, config.BoundPrefix)
+		adapter := free.Client(open)
+		if isBound {
+			adapter = bound.Client(open, dest)
+		}
+		adapted, err := adapter(context.Background(), nil, ptipc.Env{})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		t = adapted
+	}
+	return t, nil
+}
+
+// freeConfig is the configuration of a server that was made free.
+func freeConfig(t config.Transport) (ptipc.Opaque, error) {
+	document := free.ServerConfig{Carrier: t.Config}
+	if t.Egress != nil {
+		document.Egress = *t.Egress
+	}
+	return json.Marshal(document)
+}
+
+func newExplain() *cobra.Command {
+	return &cobra.Command{
+		Use:   "explain HOST.json",
+		Short: "Draw the way that traffic takes, from program to wire and out again",
+		Long: `Draws, for each front of HOST.json, what its traffic goes through: the program, the
+front, the adapters, the host, the child and the wire; and for each server the way
+from the wire to the service. Nothing is started.`,
+		Example: `  ptipc explain host.json`,
+		Args:    usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			file, err := config.Load(args[0])
+			if err != nil {
+				return err
+			}
+			explain(cmd.OutOrStdout(), file)
+			return nil
+		},
+	}
+}
+
+// explain draws one station a line, and what is spoken between two of them.
+func explain(out io.Writer, file *config.File) {
+	for _, f := range file.Fronts {
+		t := file.Transports[f.Through()]
+		fmt.Fprintln(out, "a program of this user")
+		if f.Serve == "socks5" {
+			fmt.Fprintf(out, "  │ SOCKS5, CONNECT; names as names\n")
+		} else {
+			fmt.Fprintf(out, "  │ whatever it speaks\n")
+		}
+		fmt.Fprintf(out, "front %s, %s", f.Listen, f.Serve)
+		if f.Dest != "" {
+			fmt.Fprintf(out, " to %s", f.Dest)
+		}
+		fmt.Fprintln(out)
+		for _, name := range f.Adapters() {
+			if dest, ok := strings.CutPrefix(name, config.BoundPrefix); ok {
+				fmt.Fprintf(out, "  │ no destination\nadapter bound: everything goes to %s\n", dest)
+				continue
+			}
+			fmt.Fprintf(out, "  │ destination\nadapter free: the destination becomes a header of the stream (spec/free.md)\n")
+		}
+		fmt.Fprintf(out, "  │ %s\n", handover(f, t))
+		fmt.Fprintf(out, "%s\n  │ the transport's wire%s\nits server\n", describeChild(f.Through(), t), proxied(t))
+		if slices.Contains(f.Adapters(), "free") {
+			fmt.Fprintf(out, "  │ stream with its header\na free server, which looks names up and dials within its egress policy\n  │\nthe destination\n\n")
+			continue
+		}
+		fmt.Fprintf(out, "  │\n%s\n\n", map[bool]string{true: "the destination", false: "where the server delivers"}[f.Serve == "socks5" || f.Dest != ""])
+	}
+	for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
+		t := file.Transports[name]
+		if t.Role != "server" {
+			continue
+		}
+		fmt.Fprintf(out, "a client of the transport\n  │ the transport's wire\n%s\n", describeChild(name, t))
+		switch {
+		case len(t.Via) > 0:
+			rules := "every public address, without port 25"
+			if t.Egress != nil && t.Egress.Allow != nil {
+				var texts []string
+				for _, rule := range t.Egress.Allow {
+					texts = append(texts, rule.String())
+				}
+				rules = strings.Join(texts, ", ")
+			}
+			fmt.Fprintf(out, "  │ delivery: modified SOCKS5 on a unix socket, with the client's address\nadapter free: reads the header, looks names up, dials\n  │ allowed: %s\nthe destination\n\n", rules)
+		case t.Deliver != "":
+			header := ""
+			if t.ProxyProtocol {
+				header = "PROXY protocol header with the client's address, then "
+			}
+			fmt.Fprintf(out, "  │ delivery: modified SOCKS5 on a unix socket, with the client's address\nthis host\n  │ %sthe stream\nservice %s\n\n", header, t.Deliver)
+		default:
+			fmt.Fprintf(out, "  │ it connects its clients itself\nthe destination\n\n")
+		}
+	}
+}
+
+// handover says what host and child speak for a front.
+func handover(f config.Front, t config.Transport) string {
+	method := "no settings (method 0x00)"
+	if !f.Settings.Empty() {
+		method = "settings as JSON (method 0x80)"
+	}
+	where := "a unix socket in the state directory"
+	if t.Plain || len(t.Attach) > 0 {
+		where = "loopback TCP"
+	}
+	return fmt.Sprintf("modified SOCKS5 on %s, %s", where, method)
+}
+
+func describeChild(name string, t config.Transport) string {
+	if len(t.Attach) > 0 {
+		return fmt.Sprintf("transport %s: a child that runs already", name)
+	}
+	via := "standard input"
+	if t.Plain || t.ConfigVia == "argv" {
+		via = "the command line"
+	}
+	return fmt.Sprintf("transport %s: child %s, configured by %s", name, t.Exec, via)
+}
+
+func proxied(t config.Transport) string {
+	if t.Proxy != "" {
+		return ", through the upstream proxy"
+	}
+	return ""
+}
