@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"pthost/ptipc"
@@ -351,10 +353,11 @@ func (s *supervisor) child(ctx context.Context) (*child, error) {
 	}
 }
 
-// dial opens one stream through whatever child runs. A child that has died but
-// was not yet missed is the only reason to try again: nothing was sent then.
+// dial opens one stream through whatever child runs. A child that has died but was
+// not yet missed is the only reason to try again: the application's bytes come after
+// the handshake. A child that dies of the handshake gets no third one.
 func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaque, dest string) (*relay.Conn, error) {
-	for {
+	for again := false; ; again = true {
 		c, err := s.child(ctx)
 		if err != nil {
 			return nil, err
@@ -372,6 +375,9 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		if err := socks.Connect(ctx, raw, settings, dest); err != nil {
 			_ = raw.Close()
+			if unanswered(err) && !again && ctx.Err() == nil && c.gone(ctx) {
+				continue
+			}
 			return nil, err
 		}
 		conn := s.meter.Conn(raw, relay.Options{Ask: c.asker(m, raw)})
@@ -384,6 +390,12 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		return conn, nil
 	}
+}
+
+// unanswered reports whether a handshake ended without a word from the child.
+func unanswered(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // unreached is the error of a connection to a child. It says nothing about the

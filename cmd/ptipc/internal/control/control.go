@@ -102,7 +102,7 @@ func ListenDefault(log *slog.Logger) (net.Listener, string, error) {
 }
 
 // Listen makes the socket at path, mode 0600, in a directory that must belong to the
-// effective user alone. Only that user's processes get in, root's do not.
+// effective user alone. No other user gets in, not even root.
 func Listen(path string, log *slog.Logger) (net.Listener, error) {
 	if !localnet.Supported("unix") {
 		return nil, fmt.Errorf("the control socket %s: %w", path, localnet.ErrUnsupported)

@@ -1,0 +1,308 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"pthost/cmd/ptipc/internal/config"
+	"pthost/cmd/ptipc/internal/control"
+	"pthost/ptipc"
+	"pthost/ptipc/courier"
+	"pthost/ptipc/host"
+)
+
+// console is what the operator sees of a ptipc run and does to it: it follows the
+// children, carries the signals, and answers at the control socket.
+type console struct {
+	log     *slog.Logger
+	out     io.Writer
+	started time.Time
+	file    *config.File
+
+	couriers map[string]carrier
+	servers  []*control.Server
+
+	// What is there since the runner is up.
+	stop   context.CancelFunc
+	up     context.Context
+	stats  map[string]func(ctx context.Context) (ptipc.TransportStats, error)
+	addrs  map[string]string
+	fronts []control.Front
+	refuse []func() uint64
+
+	mu       sync.Mutex
+	children map[string]*childState
+}
+
+// carrier is a courier, which is closed when its transport has ended.
+type carrier interface {
+	ptipc.Signals
+	io.Closer
+}
+
+// childState is what the events of a transport tell.
+type childState struct {
+	state     control.State
+	pid       int
+	since     time.Time
+	starts    uint64
+	lastError string
+}
+
+// newConsole makes the couriers of all transports.
+func newConsole(file *config.File, out io.Writer, log *slog.Logger) (*console, error) {
+	c := &console{
+		log: log, out: out, started: time.Now(), file: file,
+		couriers: map[string]carrier{}, children: map[string]*childState{},
+	}
+	for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
+		t := file.Transports[name]
+		if len(t.Attach) > 0 {
+			continue // it has no control lines
+		}
+		carrier, err := newCourier(t, log.With("transport", name))
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("transport %s: signals: %w", name, err), c.close())
+		}
+		c.couriers[name] = carrier
+	}
+	return c, nil
+}
+
+func newCourier(t config.Transport, log *slog.Logger) (carrier, error) {
+	options := courier.Options{Server: t.Role == "server", Log: log}
+	switch {
+	case t.Signals.Dir != "":
+		return courier.OpenDir(t.Signals.Dir, options)
+	case len(t.Signals.Command.Send) > 0:
+		return courier.StartCommand(t.Signals.Command.Send, t.Signals.Command.Receive, options)
+	}
+	return courier.NewQueue(options), nil
+}
+
+// signals is the courier of a transport, for its environment.
+func (c *console) signals(name string) ptipc.Signals {
+	if carrier, ok := c.couriers[name]; ok {
+		return carrier
+	}
+	return nil
+}
+
+// event follows the child of a transport.
+func (c *console) event(name string, e host.Event) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	child := c.children[name]
+	if child == nil {
+		child = &childState{state: control.Restarting}
+		c.children[name] = child
+	}
+	switch e.Kind {
+	case host.Started:
+		child.starts++
+		child.pid = e.Pid
+	case host.Ready:
+		child.state, child.since = control.Ready, time.Now()
+	case host.Exited:
+		child.state, child.pid = control.Ended, 0 // unless Restarting follows at once
+		if ptipc.ExitCodeOf(e.Err) != ptipc.ExitOK {
+			child.lastError = e.Err.Error()
+		}
+	case host.Restarting:
+		child.state, child.pid = control.Restarting, 0
+	case host.GaveUp:
+		child.state, child.pid, child.lastError = control.Ended, 0, e.Err.Error()
+	}
+}
+
+// follow takes over what the runner has started. stop is what ends the runner, and
+// ends up.
+func (c *console) follow(r *runner, up context.Context, stop context.CancelFunc) {
+	c.up, c.stop = up, stop
+	c.stats, c.addrs = map[string]func(context.Context) (ptipc.TransportStats, error){}, map[string]string{}
+	for name, t := range r.transports {
+		c.stats[name] = t.Stats
+	}
+	for name, s := range r.servers {
+		c.stats[name] = func(context.Context) (ptipc.TransportStats, error) { return s.Stats(), nil }
+		c.addrs[name] = s.Addr().String()
+	}
+	for _, f := range r.fronts {
+		if f.Serve == "" {
+			continue // the delivery of a server is no front
+		}
+		shown := control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Transport}
+		if path, ok := strings.CutPrefix(f.Listen, "unix://"); ok {
+			shown.Address = path
+		}
+		var refused func() uint64
+		if guard, ok := f.listener.(interface{ Refused() uint64 }); ok {
+			refused = guard.Refused
+		}
+		c.fronts, c.refuse = append(c.fronts, shown), append(c.refuse, refused)
+	}
+}
+
+// open opens the control socket. Only one that was asked for has to be had: the
+// default one may be another host's.
+func (c *console) open(at string) error {
+	asked := at != ""
+	if !asked {
+		at = c.file.Control
+		at, asked = strings.TrimPrefix(at, "unix://"), at != ""
+	}
+	if asked {
+		listener, err := control.Listen(at, c.log)
+		if err != nil {
+			return fmt.Errorf("the control socket: %w: %w", err, ptipc.ExitUnavailable)
+		}
+		c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
+		fmt.Fprintf(c.out, "control unix://%s: ptipc status --control %s\n", at, at)
+		return nil
+	}
+	listener, at, err := control.ListenDefault(c.log)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		c.log.Warn("another host has the control socket: this one goes without; give it one of its own with --control PATH", "path", at)
+		return nil
+	case err != nil:
+		c.log.Warn("there is no control socket: ptipc status, stop and signal will not find this host; give it one with --control PATH", "err", err)
+		return nil
+	}
+	c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
+	fmt.Fprintf(c.out, "control unix://%s: ptipc status, ptipc stop\n", at)
+	return nil
+}
+
+// close ends what the console runs, after the transports have ended. The control
+// socket goes last: that it is gone tells that all is.
+func (c *console) close() error {
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(c.couriers)) {
+		errs = append(errs, c.couriers[name].Close())
+	}
+	for _, s := range slices.Backward(c.servers) {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Status is the host now.
+func (c *console) Status(ctx context.Context) control.Status {
+	s := control.Status{
+		Time: time.Now(), PID: os.Getpid(), Started: c.started, Stopping: c.up.Err() != nil,
+		Fronts: slices.Clone(c.fronts),
+	}
+	for i, refused := range c.refuse {
+		if refused != nil {
+			n := refused()
+			s.Fronts[i].Refused = &n
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.file.Transports)) {
+		s.Transports = append(s.Transports, c.transport(ctx, name))
+	}
+	return s
+}
+
+func (c *console) transport(ctx context.Context, name string) control.Transport {
+	config := c.file.Transports[name]
+	t := control.Transport{Name: name, Exec: config.Exec, Role: config.Role, State: control.Ready, Address: c.addrs[name]}
+	if t.Role == "" {
+		t.Role = "client"
+	}
+	switch carrier := c.couriers[name].(type) {
+	case *courier.Queue:
+		t.Signals, t.Pending = "queue", len(carrier.Pending())
+	case *courier.Dir:
+		t.Signals = "dir"
+	case *courier.Command:
+		t.Signals = "command"
+	}
+	c.mu.Lock()
+	if child := c.children[name]; child != nil {
+		t.State, t.PID, t.LastError = child.state, child.pid, child.lastError
+		if child.starts > 0 {
+			t.Restarts = child.starts - 1
+		}
+		if child.state == control.Ready {
+			since := child.since
+			t.Since = &since
+		}
+	}
+	c.mu.Unlock()
+	if stats, ok := c.stats[name]; ok {
+		if totals, err := stats(ctx); err == nil {
+			t.Stats = &totals
+		}
+	}
+	return t
+}
+
+// Stop ends the run as Ctrl-C does.
+func (c *console) Stop() {
+	c.log.Info("asked to stop at the control socket")
+	c.stop()
+}
+
+// queue is the courier of a transport, if people carry its signals.
+func (c *console) queue(name string) (*courier.Queue, error) {
+	t, ok := c.file.Transports[name]
+	if !ok {
+		return nil, fmt.Errorf("the host has no transport %q; it has %s: %w", name,
+			strings.Join(slices.Sorted(maps.Keys(c.file.Transports)), ", "), ptipc.ExitUsage)
+	}
+	switch carrier := c.couriers[name].(type) {
+	case *courier.Queue:
+		return carrier, nil
+	case *courier.Dir:
+		return nil, fmt.Errorf("the signals of %s are carried through the directory %s: look there: %w", name, t.Signals.Dir, ptipc.ExitUsage)
+	case *courier.Command:
+		return nil, fmt.Errorf("the signals of %s are carried by the command %s: %w", name, t.Signals.Command.Send[0], ptipc.ExitUsage)
+	}
+	return nil, fmt.Errorf("%s is a child that somebody else runs, and has no signals here: %w", name, ptipc.ExitUsage)
+}
+
+// Signals lists what waits to be carried by people.
+func (c *console) Signals(transport string) ([]control.Signal, error) {
+	names := []string{transport}
+	if transport == "" {
+		names = slices.Sorted(maps.Keys(c.couriers))
+	}
+	signals := []control.Signal{}
+	for _, name := range names {
+		queue, err := c.queue(name)
+		if err != nil {
+			if transport == "" {
+				continue // carried by something else
+			}
+			return nil, err
+		}
+		for _, p := range queue.Pending() {
+			signals = append(signals, control.Signal{Transport: name, ID: p.ID, Time: p.Time, Message: p.Message})
+		}
+	}
+	return signals, nil
+}
+
+// AddSignal takes in what somebody has carried here.
+func (c *console) AddSignal(transport string, m ptipc.Message) error {
+	queue, err := c.queue(transport)
+	if err != nil {
+		return err
+	}
+	if err := queue.Add(m); err != nil {
+		return fmt.Errorf("%w: %w", err, ptipc.ExitTempFail)
+	}
+	return nil
+}
