@@ -238,7 +238,8 @@ func (h *handshake) peek(n int) ([]byte, error) {
 	return h.buf[h.pos : h.pos+n], nil
 }
 
-// fill reads what is there, at least a byte. The method must have been answered
+// fill reads what is there, at least a byte, so that a handshake may come whole or in
+// pieces (SOCKS-5). The method must have been answered
 // by then: the client may be waiting for it. When all has come at once there is
 // no need to, and one write answers everything.
 func (h *handshake) fill() error {

@@ -127,7 +127,7 @@ func (c *console) event(name string, e host.Event) {
 
 // follow takes over what the runner has started. stop is what ends the runner, and
 // ends up.
-func (c *console) follow(r *runner, up context.Context, stop context.CancelFunc) {
+func (c *console) follow(up context.Context, r *runner, stop context.CancelFunc) {
 	c.up, c.stop = up, stop
 	c.stats, c.addrs = map[string]func(context.Context) (ptipc.TransportStats, error){}, map[string]string{}
 	for name, t := range r.transports {
@@ -141,7 +141,7 @@ func (c *console) follow(r *runner, up context.Context, stop context.CancelFunc)
 		if f.Serve == "" {
 			continue // the delivery of a server is no front
 		}
-		shown := control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Transport}
+		shown := control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Through()}
 		if path, ok := strings.CutPrefix(f.Listen, "unix://"); ok {
 			shown.Address = path
 		}
@@ -154,34 +154,38 @@ func (c *console) follow(r *runner, up context.Context, stop context.CancelFunc)
 }
 
 // open opens the control socket. Only one that was asked for has to be had: the
-// default one may be another host's.
-func (c *console) open(at string) error {
-	asked := at != ""
-	if !asked {
+// default one may be another host's, and a mere check goes without.
+func (c *console) open(at string, check bool) error {
+	if at == "" {
 		at = c.file.Control
-		at, asked = strings.TrimPrefix(at, "unix://"), at != ""
 	}
-	if asked {
-		listener, err := control.Listen(at, c.log)
-		if err != nil {
-			return fmt.Errorf("the control socket: %w: %w", err, ptipc.ExitUnavailable)
+	if at == "" {
+		if !check {
+			c.openDefault()
 		}
-		c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
-		fmt.Fprintf(c.out, "control unix://%s: ptipc status --control %s\n", at, at)
 		return nil
 	}
+	at = strings.TrimPrefix(at, "unix://")
+	listener, err := control.Listen(at, c.log)
+	if err != nil {
+		return fmt.Errorf("the control socket: %w: %w", err, ptipc.ExitUnavailable)
+	}
+	c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
+	fmt.Fprintf(c.out, "control: unix://%s, for ptipc status --control %s\n", at, at)
+	return nil
+}
+
+func (c *console) openDefault() {
 	listener, at, err := control.ListenDefault(c.log)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		c.log.Warn("another host has the control socket: this one goes without; give it one of its own with --control PATH", "path", at)
-		return nil
+		c.log.Warn("another host has the control socket, and this one goes without; give it one of its own with --control PATH", "path", at)
 	case err != nil:
-		c.log.Warn("there is no control socket: ptipc status, stop and signal will not find this host; give it one with --control PATH", "err", err)
-		return nil
+		c.log.Warn("ptipc status, stop and signal will not find this host: there is no control socket; give it one with --control PATH", "err", err)
+	default:
+		c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
+		fmt.Fprintf(c.out, "control: unix://%s, for ptipc status\n", at)
 	}
-	c.servers = append(c.servers, control.Serve(listener, control.Handler(c), c.log))
-	fmt.Fprintf(c.out, "control unix://%s: ptipc status, ptipc stop\n", at)
-	return nil
 }
 
 // close ends what the console runs, after the transports have ended. The control

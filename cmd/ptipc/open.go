@@ -31,7 +31,8 @@ const builtinPrefix = "builtin:"
 type opener struct {
 	options *options
 	log     *slog.Logger
-	self    string // this executable, which is the child of builtin transports and the launcher
+	self    string   // this executable, which is the child of builtin transports and the launcher
+	console *console // of ptipc run; nil for commands that nobody looks at
 }
 
 func newOpener(o *options) (*opener, error) {
@@ -101,6 +102,9 @@ func lookUpUser(name string) (*proc.Credential, error) {
 func (o *opener) events(name string) func(host.Event) {
 	log := o.log.With("transport", name)
 	return func(e host.Event) {
+		if o.console != nil {
+			o.console.event(name, e)
+		}
 		switch e.Kind {
 		case host.Started, host.Ready:
 			log.Info("child "+string(e.Kind), "pid", e.Pid)
@@ -120,9 +124,14 @@ func (o *opener) events(name string) func(host.Event) {
 
 func (o *opener) env(name, state string) ptipc.Env {
 	log := o.log.With("transport", name)
+	var signals ptipc.Signals
+	if o.console != nil {
+		signals = o.console.signals(name)
+	}
 	return ptipc.Env{
-		Local: state,
-		Log:   log,
+		Local:   state,
+		Log:     log,
+		Signals: signals,
 		Status: func(ctx context.Context, attrs ...slog.Attr) {
 			log.LogAttrs(ctx, slog.LevelInfo, "status", attrs...)
 		},

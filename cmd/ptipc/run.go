@@ -26,7 +26,7 @@ import (
 const drainTime = 3 * time.Second
 
 func newRun(o *options) *cobra.Command {
-	var listen string
+	var listen, controlPath string
 	var check bool
 	cmd := &cobra.Command{
 		Use:   "run [HOST.json]",
@@ -38,6 +38,11 @@ page through it all, as a proof.
 
 Other users of this machine are refused at every front. Ctrl-C ends everything
 that was started; a second one does so at once.
+
+While it runs, ptipc status shows what it does, ptipc signal carries the messages
+of its transports by hand, and ptipc stop ends it. They find it by its control
+socket, which is for the same user alone. A second host of one user goes without
+it, and says so, unless --control gives it one of its own.
 
 The schema of HOST.json is spec/host.schema.json; ptipc check tells what is wrong
 with a file without starting anything.`,
@@ -54,7 +59,7 @@ with a file without starting anything.`,
 			if err != nil {
 				return err
 			}
-			r := &runner{opener: opener, out: cmd.OutOrStdout(), transports: map[string]*ptipc.Transport{}, servers: map[string]ptipc.ServerManager{}}
+			r := &runner{opener: opener, out: cmd.OutOrStdout(), control: controlPath, transports: map[string]*ptipc.Transport{}, servers: map[string]ptipc.ServerManager{}}
 			var file *config.File
 			var p *proof
 			if len(args) == 1 {
@@ -76,6 +81,7 @@ with a file without starting anything.`,
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", "", "where the front of the embedded default listens, IP:PORT (default 127.0.0.1:1080)")
+	controlFlag(cmd, &controlPath)
 	cmd.Flags().BoolVar(&check, "check", false, "stop when everything has started, and was proved to work; exit code 0 or 1")
 	return cmd
 }
@@ -115,6 +121,7 @@ and the remedy.`,
 type runner struct {
 	opener     *opener
 	out        io.Writer
+	control    string // the control socket that was asked for; "" is the file's or the default
 	transports map[string]*ptipc.Transport
 	servers    map[string]ptipc.ServerManager
 	fronts     []*runningFront
@@ -128,8 +135,15 @@ type runningFront struct {
 }
 
 func (r *runner) run(ctx context.Context, file *config.File, p *proof, check bool) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	console, err := newConsole(file, r.out, r.opener.log)
+	if err != nil {
+		return err
+	}
+	r.opener.console = console
 	defer func() {
-		if stopErr := r.stop(ctx); stopErr != nil {
+		if stopErr := errors.Join(r.stop(ctx), console.close()); stopErr != nil {
 			err = errors.Join(err, stopErr)
 		}
 		if check && err != nil {
@@ -148,6 +162,10 @@ func (r *runner) run(ctx context.Context, file *config.File, p *proof, check boo
 		if err := r.prove(ctx, p); err != nil {
 			return fmt.Errorf("the proof failed: %w", err)
 		}
+	}
+	console.follow(ctx, r, cancel)
+	if err := console.open(r.control, check); err != nil {
+		return err
 	}
 	if check {
 		return nil

@@ -3,7 +3,6 @@ package conformance
 import (
 	"io/fs"
 	"path/filepath"
-	"syscall"
 	"time"
 )
 
@@ -19,14 +18,14 @@ var lifeCases = []Case{
 	}),
 	must("LIFE-3/idle", func(t *trial) {
 		c := t.ready(launch{})
-		t.signal(c, syscall.SIGTERM)
+		t.terminate(c)
 		t.exit(c, "on SIGTERM", 0)
 	}),
 	must("LIFE-3/open-connection", func(t *trial) {
-		t.finishes(func(c *child) { t.signal(c, syscall.SIGTERM) }, "on SIGTERM")
+		t.finishes(t.terminate, "on SIGTERM")
 	}),
 	must("LIFE-3/second", func(t *trial) {
-		t.endsAtOnce(func(c *child) { t.signal(c, syscall.SIGTERM) }, "the first SIGTERM")
+		t.endsAtOnce(t.terminate, "the first SIGTERM")
 	}),
 	must("LIFE-3/after-end", func(t *trial) {
 		t.endsAtOnce(t.closeStdin, "the end of standard input")
@@ -45,10 +44,9 @@ var lifeCases = []Case{
 				return err
 			case name == stateDir:
 				return fs.SkipDir
-			case name == "." || d.IsDir() && isHome(name):
-				return nil
+			case name != "." && name != homeDir:
+				t.fell("files in the working directory alone", "%s beside it", name)
 			}
-			t.fell("files in the working directory alone", "%s beside it", name)
 			return nil
 		})
 		t.need(err)
@@ -66,15 +64,6 @@ var lifeCases = []Case{
 			}
 		}
 	}),
-}
-
-func isHome(name string) bool {
-	for _, home := range homes {
-		if name == home {
-			return true
-		}
-	}
-	return false
 }
 
 func (t *trial) closeStdin(c *child) {
@@ -110,7 +99,7 @@ func (t *trial) endsAtOnce(first func(*child), what string) {
 	if c.ended() {
 		t.cannot("the child has ended on %s; another case is about that", what)
 	}
-	t.signal(c, syscall.SIGTERM)
+	t.terminate(c)
 	if !t.until(c.ended) {
 		t.fell("an exit at once on SIGTERM after "+what, "it still runs after %v", t.suite.patience)
 	}

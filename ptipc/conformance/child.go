@@ -59,13 +59,16 @@ type child struct {
 	errout []string
 }
 
-// homes are directories that programs write to unasked, by the variable that names them.
-var homes = map[string]string{
-	"HOME": "home", "TMPDIR": "tmp", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache",
-	"XDG_DATA_HOME": "data", "XDG_STATE_HOME": "xdg-state", "XDG_RUNTIME_DIR": "run",
+// homes name directories that programs write to unasked.
+var homes = []string{
+	"HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR",
 }
 
-const stateDir = "state"
+// What is in a child's base directory.
+const (
+	stateDir = "state"
+	homeDir  = "home" // the homes are all this one
+)
 
 func (s *suite) config() string {
 	if s.subject.Config.Empty() {
@@ -115,17 +118,13 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 		return nil, err
 	}
 	c := &child{base: base}
-	env := os.Environ()
-	for variable, name := range homes {
-		path := filepath.Join(base, name)
-		if err := os.Mkdir(path, 0o700); err != nil {
-			return nil, err
-		}
-		env = append(env, variable+"="+path)
-	}
-	state := filepath.Join(base, stateDir)
-	if err := os.Mkdir(state, 0o700); err != nil {
+	state, home := filepath.Join(base, stateDir), filepath.Join(base, homeDir)
+	if err := errors.Join(os.Mkdir(state, 0o700), os.Mkdir(home, 0o700)); err != nil {
 		return nil, err
+	}
+	env := os.Environ()
+	for _, variable := range homes {
+		env = append(env, variable+"="+home)
 	}
 	if c.dir, err = localnet.OpenDir(state); err != nil {
 		return nil, err
@@ -359,12 +358,12 @@ func (t *trial) exit(c *child, when string, want int) {
 	}
 }
 
-// signal sends a signal to the child alone, as an init system would.
-func (t *trial) signal(c *child, sig syscall.Signal) {
+// terminate sends SIGTERM to the child alone, as an init system would.
+func (t *trial) terminate(c *child) {
 	process, err := os.FindProcess(c.proc.Pid())
 	t.need(err)
-	t.showText("signal: " + sig.String())
-	t.need(process.Signal(sig))
+	t.showText("SIGTERM")
+	t.need(process.Signal(syscall.SIGTERM))
 }
 
 // line writes a line on the child's standard input.

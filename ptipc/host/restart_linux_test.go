@@ -327,28 +327,32 @@ func TestClose(t *testing.T) {
 		}
 	})
 	t.Run("when the child has just ended", func(t *testing.T) {
-		c := self("data", "78")
+		c := self("direct")
+		c.Restart.Never = true // which would be an error, but for Close
 		events := record(c)
 		events.hold, events.held = Exited, make(chan struct{})
-		transport := open(t, c, `{}`, ptipc.Env{})
+		s, err := newSupervisor(c, roleClient, ptipc.Opaque(`{}`), ptipc.Env{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, err := s.run(within(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		transport := s.transport(first.methods)
 		kill(t, last(events.until(t, Ready)).Pid)
 		events.until(t, Exited)
-		closed := make(chan struct{})
-		go func() {
-			defer close(closed)
-			transport.Close()
-		}()
 		dialled := make(chan error, 1)
 		go func() {
 			_, err := transport.Connections["direct"].Dial(t.Context(), nil, "example.com:80")
 			dialled <- err
 		}()
+		s.stop() // what Close does first
 		close(events.held)
-		<-closed
+		closeAll(t, transport)
 		if err := <-dialled; !errors.Is(err, net.ErrClosed) {
 			t.Error("a dial that waited:", err)
 		}
-		closeAll(t, transport)
 	})
 }
 

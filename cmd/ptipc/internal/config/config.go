@@ -30,6 +30,8 @@ const maxSize = 4 << 20
 type File struct {
 	Transports map[string]Transport `json:"transports"`
 	Fronts     []Front              `json:"fronts,omitempty"`
+	Control    string               `json:"control,omitempty"` // unix:///PATH of the control socket; "" is the default one
+	Metrics    string               `json:"metrics,omitempty"` // tcp://IP:PORT or unix:///PATH, where Prometheus asks
 }
 
 // A Transport is a child to start, or one that runs already.
@@ -54,6 +56,8 @@ type Transport struct {
 	Egress        *egress.Policy `json:"egress,omitempty"`         // where a server that was made free may dial
 	Deliver       string         `json:"deliver,omitempty"`        // of a server: where its connections go
 	ProxyProtocol bool           `json:"proxy_protocol,omitempty"` // with a PROXY protocol header in front
+
+	Signals Signals `json:"signals,omitzero"` // how messages to the other side are carried; by default in a queue
 
 	Attach map[string]string `json:"attach,omitempty"` // connection factory name to address, in place of Exec
 }
@@ -137,13 +141,14 @@ func (f *File) resolve(base string) {
 		if t.State != "" && !filepath.IsAbs(t.State) {
 			t.State = filepath.Join(base, t.State)
 		}
+		t.Signals.resolve(base)
 		f.Transports[name] = t
 	}
-	for i, front := range f.Fronts {
-		if path, ok := strings.CutPrefix(front.Listen, "unix://"); ok && !filepath.IsAbs(path) {
-			f.Fronts[i].Listen = "unix://" + filepath.Join(base, path)
-		}
+	for i := range f.Fronts {
+		resolveSocket(&f.Fronts[i].Listen, base)
 	}
+	resolveSocket(&f.Control, base)
+	resolveSocket(&f.Metrics, base)
 }
 
 var transportName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63}$`)
@@ -183,7 +188,7 @@ func (f *File) Validate() error {
 		}
 		listens[front.Listen] = true
 	}
-	return nil
+	return f.validateOperator(listens)
 }
 
 func oneOf(pointer, value string, allowed ...string) error {
@@ -215,6 +220,9 @@ func (t *Transport) Validate() error {
 	}
 	if err := t.validateServer(); err != nil {
 		return err
+	}
+	if t.Signals.set() && len(t.Attach) > 0 {
+		return &ptipc.ConfigError{Pointer: "/signals", Problem: "need control lines, which a child that runs already does not have here", Remedy: `remove them, or start the child with "exec"`}
 	}
 	if t.Plain && t.Proxy != "" {
 		return &ptipc.ConfigError{Pointer: "/proxy", Value: "***", Problem: "cannot be handed to a plain child", Remedy: `remove "plain", or the proxy`}

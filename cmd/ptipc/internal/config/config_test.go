@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -44,6 +45,8 @@ func via(path string) string {
 	return strings.Replace(front(""), `"transport":"a"`, `"via":[`+path+`]`, 1)
 }
 
+func operator(keys string) string { return `{"transports":{"a":{"exec":"x"}},` + keys + `}` }
+
 // Each fault is found at its place. What the schema can say it says as well;
 // what one key says of another it cannot, and JSON's duplicate keys it never sees.
 func TestFaults(t *testing.T) {
@@ -54,7 +57,7 @@ func TestFaults(t *testing.T) {
 	}{
 		{"no transports", `{}`, "/transports", "missing", true},
 		{"empty transports", `{"transports":{}}`, "/transports", "names no transport", true},
-		{"unknown key", `{"transports":{},"front":[]}`, "/front", "fronts, transports", true},
+		{"unknown key", `{"transports":{},"front":[]}`, "/front", "fronts, metrics, transports", true},
 		{"name", `{"transports":{"a b":{"exec":"x"}}}`, "/transports", "not a transport's name", true},
 		{"neither", `{"transports":{"a":{}}}`, "/transports/a/exec", "either", true},
 		{"both", base(`,"attach":{"x":"127.0.0.1:1"}`), "/transports/a/exec", "either", true},
@@ -101,6 +104,22 @@ func TestFaults(t *testing.T) {
 		{"egress rule", base(`,"role":"server","via":["free"],"egress":{"allow":["x"]}`), "/transports/a/egress/allow/0", "", false},
 		{"via of a server", base(`,"role":"server","via":["bound:x:1"]`), "/transports/a/via/0", "free", true},
 		{"via and deliver", base(`,"role":"server","via":["free"],"deliver":"tcp://a:1"`), "/transports/a/deliver", "itself", false},
+		{"signals of nobody", base(`,"signals":{}`), "/transports/a/signals", "one way", true},
+		{"signals not queued", base(`,"signals":{"queue":false}`), "/transports/a/signals", "one way", true},
+		{"signals twice", base(`,"signals":{"queue":true,"dir":"d"}`), "/transports/a/signals", "one way", true},
+		{"signals null", base(`,"signals":null`), "/transports/a/signals", "null", true},
+		{"signals unknown", base(`,"signals":{"mail":"x"}`), "/transports/a/signals/mail", "command, dir, queue", true},
+		{"signal command", base(`,"signals":{"command":{}}`), "/transports/a/signals/command/send", "missing", true},
+		{"signal command empty", base(`,"signals":{"command":{"send":[]}}`), "/transports/a/signals/command/send", "names no program", true},
+		{"signal command receive", base(`,"signals":{"command":{"send":["x"],"receive":[""]}}`), "/transports/a/signals/command/receive", "names no program", false},
+		{"signals of an attached child", `{"transports":{"a":{"attach":{"x":"127.0.0.1:1"},"signals":{"queue":true}}}}`, "/transports/a/signals", "control lines", false},
+		{"signals in one place", `{"transports":{"a":{"exec":"x","signals":{"dir":"s"}},"b":{"exec":"y","signals":{"dir":"s"}}}}`, "/transports/b/signals/dir", "of a as well", false},
+		{"control", operator(`"control":"/run/x.sock"`), "/control", "unix:///PATH", true},
+		{"control tcp", operator(`"control":"tcp://127.0.0.1:1"`), "/control", "unix:///PATH", true},
+		{"control directory", operator(`"control":"unix:///run/"`), "/control", "unix:///PATH", true},
+		{"metrics", operator(`"metrics":"127.0.0.1:9100"`), "/metrics", "tcp://IP:PORT", true},
+		{"metrics name", operator(`"metrics":"tcp://localhost:9100"`), "/metrics", "tcp://IP:PORT", false},
+		{"metrics twice", operator(`"metrics":"unix:///a/b","control":"unix:///a/b"`), "/metrics", "taken", false},
 		{"listen twice", `{"transports":{"a":{"exec":"x"}},"fronts":[` + strings.Repeat(`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"},`, 1) +
 			`{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"}]}`, "/fronts/1/listen", "taken", false},
 	}
@@ -135,8 +154,11 @@ const full = `{
       "restart": {"policy": "never", "min": "1s", "max": "2m30s", "give_up_after": 3},
       "start_timeout": "500ms", "stop_timeout": "1.5s"},
     "b": {"attach": {"x": "127.0.0.1:4000"}},
-    "c": {"exec": "pt-in-path", "plain": true}
+    "c": {"exec": "pt-in-path", "plain": true, "signals": {"dir": "mail"}},
+    "d": {"exec": "x", "signals": {"command": {"send": ["./carry", "./as it is"], "receive": ["fetch"]}}}
   },
+  "control": "unix://ctl.sock",
+  "metrics": "tcp://192.0.2.1:9100",
   "fronts": [
     {"listen": "tcp://[::1]:1080", "serve": "socks5", "transport": "a", "connection": "x", "settings": {"s": true}},
     {"listen": "unix://run/x.sock", "serve": "forward", "transport": "b", "dest": "example.com:22"}
@@ -158,6 +180,15 @@ func TestLoad(t *testing.T) {
 	}
 	if c := file.Transports["c"]; c.Exec != "pt-in-path" {
 		t.Errorf("%+v", c)
+	}
+	if got, want := file.Transports["c"].Signals.Dir, filepath.Join(dir, "mail"); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if got, want := file.Transports["d"].Signals.Command.Send, []string{filepath.Join(dir, "carry"), "./as it is"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got, want := file.Control, "unix://"+filepath.Join(dir, "ctl.sock"); got != want {
+		t.Errorf("%s, want %s", got, want)
 	}
 	if got, want := file.Fronts[1].Listen, "unix://"+filepath.Join(dir, "run/x.sock"); got != want {
 		t.Errorf("%s, want %s", got, want)

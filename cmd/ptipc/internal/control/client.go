@@ -22,7 +22,7 @@ import (
 
 const (
 	requestTimeout = 10 * time.Second
-	maxAnswer      = 64 << 20             // 100 messages of many transports
+	maxAnswer      = 64 << 20              // 100 messages of many transports
 	stopPoll       = 50 * time.Millisecond // between two looks at whether the host is gone
 )
 
