@@ -1,10 +1,15 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -12,8 +17,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/gorilla/websocket"
 
 	"pthost/ptipc/testpeer"
 	"pthost/socks"
@@ -302,4 +310,340 @@ func TestChainForbidden(t *testing.T) {
 		t.Errorf("was dialled: %v", who)
 		return true
 	})
+}
+
+// A child that is killed in mid-transfer breaks it: curl says so, and the destination
+// sees the end. Once supervision has brought the child back, all is as before.
+func TestChainKilled(t *testing.T) {
+	curl := testpeer.Need(t, "curl")
+	const part = 4 << 20
+	started, ended := make(chan struct{}, 1), make(chan struct{}, 1)
+	// It goes no further than a part of the transfer, whichever way that goes.
+	addr := serve(t, func(conn *net.TCPConn) {
+		in := bufio.NewReader(conn)
+		request, err := in.ReadString('\n')
+		for line := request; err == nil && line != "\r\n"; {
+			line, err = in.ReadString('\n')
+		}
+		switch {
+		case strings.HasPrefix(request, "GET /whole "):
+			_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+			return
+		case strings.HasPrefix(request, "GET "):
+			_, _ = fmt.Fprintf(conn, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n", 2*part)
+			_, _ = conn.Write(make([]byte, part))
+		case strings.HasPrefix(request, "PUT "):
+			_, _ = io.CopyN(io.Discard, in, part)
+		default:
+			return
+		}
+		started <- struct{}{}
+		_, _ = io.Copy(io.Discard, in)
+		ended <- struct{}{}
+	})
+	c := startChain(t, addr)
+	whole := func() {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "30", "--socks5-hostname", c.client.front, "http://"+addr+"/whole").CombinedOutput()
+		if err != nil || string(out) != "hello" {
+			t.Fatalf("%v\n%s\n%s", err, out, c.logs())
+		}
+	}
+	whole()
+	for name, victim := range map[string]*tool{"server": c.server, "client": c.client} {
+		for _, what := range []string{"download", "upload"} {
+			t.Run(name+"/"+what, func(t *testing.T) {
+				args := []string{"-sS", "--fail", "-m", "60", "-o", os.DevNull, "--socks5-hostname", c.client.front, "http://" + addr + "/" + what}
+				if what == "upload" {
+					args = append(args, "-T", "-", "-H", "Expect:")
+				}
+				cmd := exec.CommandContext(t.Context(), curl, args...)
+				out := new(lockedBuffer)
+				cmd.Stdin, cmd.Stdout, cmd.Stderr = endless{}, out, out
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				within(t, "the transfer is on its way", started)
+				ready := strings.Count(victim.out.String(), "child ready")
+				if err := syscall.Kill(lastPid(victim.out.String()), syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+				err := cmd.Wait()
+				var exit *exec.ExitError
+				if !errors.As(err, &exit) || exit.ExitCode() == curlTimedOut || !strings.Contains(out.String(), "curl: (") {
+					t.Errorf("curl took it for the whole, or saw no end: %v\n%s", err, out)
+				}
+				within(t, "the destination sees the end", ended)
+				eventually(t, "the child is back", func() bool {
+					return strings.Count(victim.out.String(), "child ready") > ready
+				})
+				whole()
+			})
+		}
+	}
+}
+
+// curlTimedOut is the exit code of curl after the time that -m gives it.
+const curlTimedOut = 28
+
+// endless are zeros.
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// webService runs nginx on addr, for which the client's address comes in a PROXY
+// protocol header, and which takes it down in its log.
+func webService(t *testing.T, nginx string) (addr string, logged func() []string) {
+	t.Helper()
+	dir := t.TempDir()
+	addr = freePort(t)
+	startNginxWith(t, nginx, dir, addr, fmt.Sprintf(`log_format who "$proxy_protocol_addr $request";
+	access_log %[1]s/access.log who;
+	server { listen %[2]s proxy_protocol; location / { return 200 "hello"; } }`, dir, addr))
+	return addr, func() (lines []string) {
+		log, err := os.ReadFile(filepath.Join(dir, "access.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(log)) {
+			if !strings.HasPrefix(line, "- ") { // a connection without a request
+				lines = append(lines, strings.TrimSpace(line))
+			}
+		}
+		return lines
+	}
+}
+
+// A client's address gets from the wire into the log of a service: as the server saw
+// it, or as the reverse proxy before the server did, and never as a client claims.
+func TestChainClientAddress(t *testing.T) {
+	curl, nginx := testpeer.Need(t, "curl"), testpeer.Need(t, "nginx")
+	service, logged := webService(t, nginx)
+	keys := func() map[string]any { return map[string]any{"deliver": "tcp://" + service, "proxy_protocol": true} }
+
+	client, server := generateWebSocket(t, `{"listen":"127.0.0.1:0","host":"127.0.0.1"}`)
+	startServer(t, server, keys())
+	direct := startClient(t, client, map[string]any{"serve": "forward", "transport": "client"})
+
+	// The same, with nginx doing TLS before it.
+	behind := map[string]any{"listen": freePort(t), "path": "/secret", "trust_forwarded": true}
+	startServer(t, behind, keys())
+	dir, before := t.TempDir(), freePort(t)
+	pin := certificate(t, dir)
+	startNginxWith(t, nginx, dir, before, fmt.Sprintf(`access_log off;
+	server {
+		listen %[2]s ssl; ssl_certificate certificate; ssl_certificate_key key; ssl_protocols TLSv1.3;
+		location / { return 200 "a web site"; }
+		location /secret {
+			proxy_pass http://%[3]s; proxy_http_version 1.1; proxy_buffering off;
+			proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;
+			proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+		}
+	}`, dir, before, behind["listen"]))
+	proxied := startClient(t, map[string]any{"url": "wss://" + before + "/secret", "pin": pin}, map[string]any{"serve": "forward", "transport": "client"})
+
+	want := map[string]bool{}
+	for name, front := range map[string]string{"direct": direct.front, "proxied": proxied.front} {
+		if out := run(t, exec.CommandContext(t.Context(), curl, "-sS", "-m", "30", "http://"+front+"/"+name)); out != "hello" {
+			t.Errorf("%s: %q", name, out)
+		}
+		want["127.0.0.1 GET /"+name+" HTTP/1.1"] = true
+	}
+	// Somebody with another address, who claims a third one.
+	for name, to := range map[string]string{"alien-direct": client["url"].(string), "alien-proxied": "wss://" + before + "/secret"} {
+		dialer := websocket.Dialer{
+			NetDialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 7)}}).DialContext,
+			//nolint:gosec // who the server is makes no difference here
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+		}
+		ws, _, err := dialer.DialContext(t.Context(), to, http.Header{"X-Forwarded-For": {"192.0.2.1"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = ws.SetReadDeadline(time.Now().Add(patience)) // fails only on a closed one
+		if err := ws.WriteMessage(websocket.BinaryMessage, []byte("GET /"+name+" HTTP/1.0\r\n\r\n")); err != nil {
+			t.Error(err)
+		}
+		if _, answer, err := ws.ReadMessage(); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 OK") {
+			t.Errorf("%s: %v, %q", name, err, answer)
+		}
+		_ = ws.Close()
+		want["127.0.0.7 GET /"+name+" HTTP/1.0"] = true
+	}
+	eventually(t, "nginx has logged every request", func() bool { return len(logged()) >= len(want) })
+	for _, line := range logged() {
+		if !want[line] {
+			t.Errorf("nginx has logged %q, and not one of %v", line, want)
+		}
+		delete(want, line)
+	}
+}
+
+// family lists the tool and its descendants.
+func (r *tool) family(t *testing.T) []int {
+	t.Helper()
+	pids := []int{r.cmd.Process.Pid}
+	for i := 0; i < len(pids); i++ {
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[i]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range tasks {
+			children, _ := os.ReadFile(path) // the thread may be gone
+			for _, child := range strings.Fields(string(children)) {
+				pid, err := strconv.Atoi(child)
+				if err != nil {
+					t.Fatal(err)
+				}
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+// peakMemory is the most memory that a process has had, in bytes.
+func peakMemory(t *testing.T, pid int) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, ok := strings.Cut(string(status), "VmHWM:")
+	if !ok {
+		t.Fatalf("process %d has no VmHWM\n%s", pid, status)
+	}
+	kb, err := strconv.Atoi(strings.Fields(after)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kb << 10
+}
+
+// Clients that do not read make the sender wait, and nobody in between takes the
+// bytes into memory. When they read, all of it comes.
+func TestChainSlowReaders(t *testing.T) {
+	const readers, size, bound = 8, 100 << 20, 64 << 20
+	if testing.Short() {
+		t.Skip("moves 800 MB")
+	}
+	stalled := make(chan error, readers)
+	addr := serve(t, func(conn *net.TCPConn) {
+		block := make([]byte, 64<<10)
+		said := false
+		for left := size; left > 0; {
+			if !said {
+				_ = conn.SetWriteDeadline(time.Now().Add(time.Second)) // fails only on a closed conn
+			}
+			n, err := conn.Write(block[:min(left, len(block))])
+			left -= n
+			if err != nil && !said && errors.Is(err, os.ErrDeadlineExceeded) {
+				said, err = true, nil
+				_ = conn.SetWriteDeadline(time.Time{})
+				stalled <- nil
+			}
+			if err != nil {
+				stalled <- err
+				return
+			}
+		}
+		if !said {
+			stalled <- errors.New("all of it was taken at once")
+		}
+	})
+	c := startChain(t, addr)
+	conns := make([]*net.TCPConn, readers)
+	for i := range conns {
+		conn, err := c.dial(t.Context(), addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns[i] = conn
+	}
+	for range conns {
+		if err := within(t, "the sender has to wait", stalled); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(when string) {
+		for name, r := range map[string]*tool{"server": c.server, "client": c.client} {
+			family := r.family(t)
+			if len(family) < 3 {
+				t.Errorf("the %s's processes are %v; the tool, its launcher and a child were expected", name, family)
+			}
+			for _, pid := range family {
+				if peak := peakMemory(t, pid); peak > bound {
+					t.Errorf("%s, a process at the %s has had %d MB of memory", when, name, peak>>20)
+				}
+			}
+		}
+	}
+	check("while nobody reads")
+	for i, conn := range conns {
+		_ = conn.SetReadDeadline(time.Now().Add(patience)) // fails only on a closed conn
+		if n, err := io.Copy(io.Discard, conn); err != nil || n != size {
+			t.Errorf("reader %d: %d bytes, %v", i, n, err)
+		}
+	}
+	check("after all was read")
+}
+
+// Thousands of clients that say nothing are all still there when they do.
+func TestChainIdleClients(t *testing.T) {
+	clients := 3000
+	if testing.Short() {
+		clients = 100
+	}
+	addr := serve(t, func(conn *net.TCPConn) {
+		_, _ = io.Copy(conn, conn)
+	})
+	c := startChain(t, addr)
+	conns := make([]*net.TCPConn, clients)
+	work := make(chan int)
+	var dialling sync.WaitGroup
+	for range 16 {
+		dialling.Go(func() {
+			for i := range work {
+				conn, err := c.dial(t.Context(), addr)
+				if err != nil {
+					t.Errorf("client %d: %v", i, err)
+					continue
+				}
+				conns[i] = conn
+			}
+		})
+	}
+	for i := range conns {
+		work <- i
+	}
+	close(work)
+	dialling.Wait()
+	defer func() {
+		for _, conn := range conns {
+			if conn != nil {
+				_ = conn.Close()
+			}
+		}
+	}()
+	if t.Failed() {
+		t.FailNow()
+	}
+	for _, conn := range conns {
+		_ = conn.SetDeadline(time.Now().Add(patience)) // fails only on a closed conn
+	}
+	for i, conn := range conns {
+		if _, err := conn.Write([]byte{byte(i)}); err != nil {
+			t.Fatalf("client %d: %v", i, err)
+		}
+	}
+	for i, conn := range conns {
+		var answer [1]byte
+		if _, err := io.ReadFull(conn, answer[:]); err != nil || answer[0] != byte(i) {
+			t.Fatalf("client %d: %v, %d", i, err, answer[0])
+		}
+	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"pthost/cmd/ptipc/internal/config"
 	"pthost/cmd/ptipc/internal/control"
+	"pthost/cmd/ptipc/internal/metrics"
 	"pthost/ptipc"
 	"pthost/ptipc/courier"
 	"pthost/ptipc/host"
@@ -30,7 +31,7 @@ type console struct {
 	file    *config.File
 
 	couriers map[string]carrier
-	servers  []*control.Server
+	servers  []*control.Server // of the metrics, and then of the control socket
 
 	// What is there since the runner is up.
 	stop   context.CancelFunc
@@ -153,9 +154,22 @@ func (c *console) follow(up context.Context, r *runner, stop context.CancelFunc)
 	}
 }
 
-// open opens the control socket. Only one that was asked for has to be had: the
-// default one may be another host's, and a mere check goes without.
+// open opens the address of the metrics, and the control socket. Only one that was
+// asked for has to be had: the default one may be another host's, and a mere check
+// goes without.
 func (c *console) open(at string, check bool) error {
+	if url := c.file.Metrics; url != "" {
+		listener, err := metrics.Listen(url, c.log)
+		if err != nil {
+			return fmt.Errorf("metrics: %w: %w", err, ptipc.ExitUnavailable)
+		}
+		c.servers = append(c.servers, control.Serve(listener, metrics.Handler(c.Status, c.log), c.log))
+		where := "http://" + listener.Addr().String() + "/metrics"
+		if path, ok := strings.CutPrefix(url, "unix://"); ok {
+			where = "/metrics on unix://" + path
+		}
+		fmt.Fprintf(c.out, "metrics: %s\n", where)
+	}
 	if at == "" {
 		at = c.file.Control
 	}
@@ -195,7 +209,7 @@ func (c *console) close() error {
 	for _, name := range slices.Sorted(maps.Keys(c.couriers)) {
 		errs = append(errs, c.couriers[name].Close())
 	}
-	for _, s := range slices.Backward(c.servers) {
+	for _, s := range c.servers { // the control socket is the last
 		errs = append(errs, s.Close())
 	}
 	return errors.Join(errs...)

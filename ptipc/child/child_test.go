@@ -347,7 +347,8 @@ func TestLogLines(t *testing.T) {
 	r := run(t, child.Transport{Client: func(ctx context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
 		log := env.Logger()
 		log.Info("plain")
-		log.Debug("fine", "a", 1, "b", "two words")
+		log.Debug("left out")
+		log.Info("fine", "a", 1, "b", "two words")
 		log.With("with", true).WithGroup("g").With("in", 2).Warn("grouped", slog.Group("h", "x", 3))
 		log.Log(ctx, stdio.LevelNotice, "notice")
 		log.Error("two\nlines \"quoted\" \\ \x00\xff", "err", errors.New("e\n"))
@@ -359,7 +360,7 @@ func TestLogLines(t *testing.T) {
 	want := []string{
 		"VERSION 1",
 		`LOG SEVERITY=info MESSAGE=plain`,
-		`LOG SEVERITY=debug MESSAGE="fine a=1 b=\"two words\""`,
+		`LOG SEVERITY=info MESSAGE="fine a=1 b=\"two words\""`,
 		`LOG SEVERITY=warning MESSAGE="grouped with=true g.in=2 g.h.x=3"`,
 		`LOG SEVERITY=notice MESSAGE=notice`,
 		`LOG SEVERITY=error MESSAGE="two\nlines \"quoted\" \\ \000\377 err=\"e\\n\""`,
@@ -395,7 +396,7 @@ func TestStatusLines(t *testing.T) {
 			t.Errorf("got  %s\nwant %s", got, line)
 		}
 	}
-	if got := r.line(); !strings.HasPrefix(got, `LOG SEVERITY=debug MESSAGE="a status could not be told`) {
+	if got := r.line(); !strings.HasPrefix(got, `LOG SEVERITY=warning MESSAGE="a status could not be told`) {
 		t.Error(got)
 	}
 	r.ready()

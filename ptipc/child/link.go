@@ -147,7 +147,7 @@ func (l *link) status(_ context.Context, attrs ...slog.Attr) {
 		message.Attrs = append(message.Attrs, stdio.KV{Key: a.Key, Value: a.Value.Resolve().String()})
 	}
 	if err := l.out.Send(message); err != nil {
-		l.logger().Debug("a status could not be told", "err", err)
+		l.logger().Warn("a status could not be told", "err", err)
 	}
 }
 

@@ -299,6 +299,9 @@ func (s *supervisor) giveUp(err error, failures int) error {
 	default:
 		err = fmt.Errorf("transport %s failed %d times in a row: %w", s.command.name(), failures, err)
 	}
+	if ptipc.ExitCodeOf(err) == ptipc.ExitOK {
+		err = fmt.Errorf("%w: %w", ptipc.ExitUnavailable, err) // the child's success is nobody else's
+	}
 	s.event(Event{Kind: GaveUp, Err: err})
 	return err
 }

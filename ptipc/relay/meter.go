@@ -18,6 +18,7 @@ type Meter struct {
 	open   map[*Conn]struct{}
 	closed ptipc.TransportStats // the connections that are closed; Active is unused
 	empty  chan struct{}        // closed when open becomes empty; nil while nobody waits
+	ended  bool                 // the transport is closed
 }
 
 // Conn makes raw a [Conn] of this meter, which owns it from then on. It counts
@@ -44,6 +45,19 @@ func (m *Meter) remove(c *Conn) {
 		close(m.empty)
 		m.empty = nil
 	}
+}
+
+// end lets no more connections be dialled.
+func (m *Meter) end() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.ended = true
+}
+
+func (m *Meter) hasEnded() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.ended
 }
 
 // Failed counts a dial that failed.

@@ -18,25 +18,35 @@ func (m *Meter) Factory(bound bool, dial DialFunc) ptipc.ConnectionFactory {
 	return ptipc.ConnectionFactory{
 		Bound: bound,
 		Dial: func(ctx context.Context, settings ptipc.Opaque, dest string) (ptipc.Conn, error) {
+			if m.hasEnded() {
+				return nil, net.ErrClosed
+			}
 			raw, err := dial(ctx, settings, dest)
 			if err != nil {
 				m.Failed()
 				return nil, ptipc.Classify(err)
 			}
-			if conn, ok := raw.(*Conn); ok && conn.meter == m {
-				return conn, nil
+			conn, ok := raw.(*Conn)
+			if !ok || conn.meter != m {
+				conn = m.Conn(raw, Options{})
 			}
-			return m.Conn(raw, Options{}), nil
+			if m.hasEnded() { // perhaps after what was open has been cut
+				_ = conn.Abort()
+				return nil, net.ErrClosed
+			}
+			return conn, nil
 		},
 	}
 }
 
-// Transport makes a transport of connection factories of this meter. Its Close
-// cuts the connections that are still open and then runs end, which may be nil.
+// Transport makes a transport of connection factories of this meter. Its Close lets no
+// more connections be dialled, cuts those that are open and then runs end, which may
+// be nil.
 func (m *Meter) Transport(connections map[string]ptipc.ConnectionFactory, end func() error) *ptipc.Transport {
 	closed := make(chan struct{})
 	shut := sync.OnceValue(func() error {
 		defer close(closed)
+		m.end()
 		cut, cancel := context.WithCancel(context.Background())
 		cancel()
 		_ = m.Drain(cut) // it reports that it cut what it was to cut

@@ -62,7 +62,7 @@ async def handshake(take, writer):
 async def dial(reader, dest):  # SOCKS-14: the end of the client's stream before early data cancels
     dialing, watching = map(asyncio.ensure_future, (asyncio.open_connection(*dest), reader.read(65536)))
     await asyncio.wait((dialing, watching), return_when=asyncio.FIRST_COMPLETED)
-    if not dialing.done() and not watching.result():
+    if not dialing.done() and (watching.exception() or not watching.result()):
         dialing.cancel()
         raise EOFError
     try:
