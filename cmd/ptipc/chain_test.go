@@ -38,7 +38,7 @@ type chain struct {
 }
 
 // generateWebSocket makes a configuration for each end.
-func generateWebSocket(t *testing.T, options string) (client, server map[string]any) {
+func generateWebSocket(t testing.TB, options string) (client, server map[string]any) {
 	t.Helper()
 	cmd := toolCommand(t.Context(), t, "generate", "builtin:websocket", options)
 	cmd.Stderr = os.Stderr
@@ -54,7 +54,7 @@ func generateWebSocket(t *testing.T, options string) (client, server map[string]
 }
 
 // startServer runs the far end with one server, whose keys are those of HOST.json.
-func startServer(t *testing.T, config map[string]any, keys map[string]any) *tool {
+func startServer(t testing.TB, config map[string]any, keys map[string]any) *tool {
 	t.Helper()
 	keys["exec"], keys["role"], keys["config"] = "builtin:websocket", "server", config
 	keys["restart"] = map[string]any{"min": "10ms", "max": "1s"}
@@ -62,7 +62,7 @@ func startServer(t *testing.T, config map[string]any, keys map[string]any) *tool
 }
 
 // startClient runs the near end with one front before one client.
-func startClient(t *testing.T, config map[string]any, front map[string]any) *tool {
+func startClient(t testing.TB, config map[string]any, front map[string]any) *tool {
 	t.Helper()
 	front["listen"] = "tcp://127.0.0.1:0"
 	return startTool(t, "--log-level", "info", writeConfig(t, map[string]any{
@@ -75,7 +75,7 @@ func startClient(t *testing.T, config map[string]any, front map[string]any) *too
 
 // startChain joins two machines by a WebSocket over TLS. allow are the egress rules
 // of the far one; nil stands for its default.
-func startChain(t *testing.T, allow ...string) *chain {
+func startChain(t testing.TB, allow ...string) *chain {
 	t.Helper()
 	client, server := generateWebSocket(t, `{"listen":"127.0.0.1:0","host":"127.0.0.1"}`)
 	keys := map[string]any{"via": []string{"free"}}

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	testscript.Main(m, map[string]func(){"ptipc": main})
+	testscript.Main(m, map[string]func(){"ptipc": main, echoCommand: echoMain})
 }
 
 // The tool as people use it, in testdata/script. "exits N COMMAND…" demands an exit
@@ -68,7 +68,7 @@ func TestScripts(t *testing.T) {
 }
 
 // serve runs a TCP server on the loopback until the test ends.
-func serve(t *testing.T, handle func(conn *net.TCPConn)) string {
+func serve(t testing.TB, handle func(conn *net.TCPConn)) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -119,7 +119,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-func toolCommand(ctx context.Context, t *testing.T, args ...string) *exec.Cmd {
+func toolCommand(ctx context.Context, t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -131,7 +131,7 @@ func toolCommand(ctx context.Context, t *testing.T, args ...string) *exec.Cmd {
 }
 
 // startTool runs ptipc run until it says that it is up.
-func startTool(t *testing.T, args ...string) *tool {
+func startTool(t testing.TB, args ...string) *tool {
 	t.Helper()
 	r := &tool{cmd: toolCommand(context.Background(), t, append([]string{"run"}, args...)...), out: new(lockedBuffer), ended: make(chan error, 1)}
 	stdout, err := r.cmd.StdoutPipe()
@@ -170,7 +170,7 @@ func startTool(t *testing.T, args ...string) *tool {
 }
 
 // stop ends the tool as Ctrl-C does and reports how it ended.
-func (r *tool) stop(t *testing.T) error {
+func (r *tool) stop(t testing.TB) error {
 	t.Helper()
 	_ = r.cmd.Process.Signal(os.Interrupt) // it may have ended already
 	select {
@@ -184,7 +184,7 @@ func (r *tool) stop(t *testing.T) error {
 	}
 }
 
-func writeConfig(t *testing.T, document any) string {
+func writeConfig(t testing.TB, document any) string {
 	t.Helper()
 	text, err := json.Marshal(document)
 	if err != nil {

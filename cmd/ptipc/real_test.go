@@ -60,7 +60,7 @@ func checksum(t *testing.T, path string) string {
 
 // freePort returns a loopback address that was free a moment ago, for a program
 // that cannot choose one by itself.
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -71,7 +71,7 @@ func freePort(t *testing.T) string {
 }
 
 // startPeer runs a server program until the test ends and waits for its port.
-func startPeer(t *testing.T, addr string, cmd *exec.Cmd) {
+func startPeer(t testing.TB, addr string, cmd *exec.Cmd) {
 	t.Helper()
 	out := new(lockedBuffer)
 	cmd.Stdout, cmd.Stderr = out, out

@@ -86,7 +86,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		}
 		defer os.RemoveAll(b.dir)
 	}
-	busyBefore, ownBefore, start := busy(), cpuTime(os.Getpid()), time.Now()
+	busyBefore, ownBefore, start := busy(), CPUTime(os.Getpid()), time.Now()
 	for _, group := range []struct {
 		name    string
 		measure func(ctx context.Context) error
@@ -98,7 +98,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 			return nil, fmt.Errorf("%s: %w", group.name, err)
 		}
 	}
-	others := (busy() - busyBefore) - (cpuTime(os.Getpid()) - ownBefore)
+	others := (busy() - busyBefore) - (CPUTime(os.Getpid()) - ownBefore)
 	b.noteOthers(others / time.Since(start).Seconds() / float64(runtime.NumCPU()))
 	b.report.finish()
 	return &b.report, nil
@@ -276,7 +276,7 @@ type measurement struct {
 // measure counts what goes on for the time of one figure, and longer if it takes
 // longer for anything to happen at all.
 func (b *bench) measure(ctx context.Context, i *instance, count *atomic.Uint64) (measurement, error) {
-	cpu, caller := cpuTime(i.pid), callerCPU()
+	cpu, caller := CPUTime(i.pid), callerCPU()
 	start, before := time.Now(), count.Load()
 	var m measurement
 	for m.count == 0 {
@@ -286,7 +286,7 @@ func (b *bench) measure(ctx context.Context, i *instance, count *atomic.Uint64) 
 		m.elapsed, m.count = time.Since(start), count.Load()-before
 	}
 	m.caller = callerCPU() - caller
-	m.cpu = cpuTime(i.pid) - cpu
+	m.cpu = CPUTime(i.pid) - cpu
 	return m, nil
 }
 

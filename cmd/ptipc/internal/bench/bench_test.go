@@ -44,14 +44,14 @@ func TestMedian(t *testing.T) {
 		{[]float64{4, 1, 9, 2}, 3},
 	} {
 		given := slices.Clone(test.values)
-		if got := median(test.values); got != test.want {
+		if got := Median(test.values); got != test.want {
 			t.Errorf("the median of %v is %v, want %v", test.values, got, test.want)
 		}
 		if !slices.Equal(given, test.values) {
 			t.Errorf("median has changed the order of %v to %v", given, test.values)
 		}
 	}
-	if got := median(nil); !math.IsNaN(got) {
+	if got := Median(nil); !math.IsNaN(got) {
 		t.Errorf("the median of nothing is %v", got)
 	}
 }
@@ -84,13 +84,13 @@ func TestPercentile(t *testing.T) {
 // The rounds are compared one by one: when the machine is slow for one of them,
 // both are.
 func TestRatio(t *testing.T) {
-	if got := ratio([]float64{10, 2, 30}, []float64{5, 1, 10}); got != 2 {
+	if got := Ratio([]float64{10, 2, 30}, []float64{5, 1, 10}); got != 2 {
 		t.Errorf("got %v, want 2", got)
 	}
-	if got := ratio([]float64{1, 8}, []float64{0, 2}); got != 4 {
+	if got := Ratio([]float64{1, 8}, []float64{0, 2}); got != 4 {
 		t.Errorf("got %v, want that of the second round, 4", got)
 	}
-	if got := ratio([]float64{1}, []float64{0}); !math.IsNaN(got) {
+	if got := Ratio([]float64{1}, []float64{0}); !math.IsNaN(got) {
 		t.Errorf("got %v of a division by nothing", got)
 	}
 }

@@ -105,7 +105,7 @@ func (r *Report) finish() {
 	r.Columns = map[string]string{}
 	for _, m := range r.Metrics {
 		for _, s := range m.Values {
-			s.Median = median(s.Rounds)
+			s.Median = Median(s.Rounds)
 		}
 		m.Ratios = map[string]map[string]float64{}
 		for _, a := range abouts {
@@ -122,7 +122,7 @@ func (r *Report) finish() {
 				if column == ChildDial || column == ChildWire {
 					continue
 				}
-				if v := ratio(m.Values[ours].Rounds, theirs.Rounds); !math.IsNaN(v) {
+				if v := Ratio(m.Values[ours].Rounds, theirs.Rounds); !math.IsNaN(v) {
 					m.Ratios[ours][column] = v
 				}
 			}

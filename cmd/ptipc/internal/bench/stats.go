@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// median is the middle of the values, the mean of the middle two if their number
+// Median is the middle of the values, the mean of the middle two if their number
 // is even, and NaN of none.
-func median(values []float64) float64 {
+func Median(values []float64) float64 {
 	if len(values) == 0 {
 		return math.NaN()
 	}
@@ -22,13 +22,13 @@ func percentile(values []time.Duration, p int) time.Duration {
 	return values[max(1, (len(values)*p+99)/100)-1]
 }
 
-// ratio is the median of a/b over the rounds, and NaN if there is no such thing.
-func ratio(a, b []float64) float64 {
+// Ratio is the median of a/b over the rounds, and NaN if there is no such thing.
+func Ratio(a, b []float64) float64 {
 	var ratios []float64
 	for i := range min(len(a), len(b)) {
 		if b[i] != 0 {
 			ratios = append(ratios, a[i]/b[i])
 		}
 	}
-	return median(ratios)
+	return Median(ratios)
 }

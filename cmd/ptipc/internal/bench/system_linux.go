@@ -78,9 +78,9 @@ func tree(root int) (pids []int, ended float64) {
 	return pids, ended
 }
 
-// cpuTime is what a process and its descendants have used so far, in seconds, and
+// CPUTime is what a process and its descendants have used so far, in seconds, and
 // NaN for no process.
-func cpuTime(pid int) float64 {
+func CPUTime(pid int) float64 {
 	if pid == 0 {
 		return math.NaN()
 	}

@@ -59,10 +59,10 @@ func TestTree(t *testing.T) {
 }
 
 func TestCPUTime(t *testing.T) {
-	if got := cpuTime(0); !math.IsNaN(got) {
+	if got := CPUTime(0); !math.IsNaN(got) {
 		t.Errorf("no process has used %v s", got)
 	}
-	before := cpuTime(os.Getpid())
+	before := CPUTime(os.Getpid())
 	if got := callerCPU(); got <= 0 {
 		t.Errorf("this process has used %v s", got)
 	}
@@ -70,7 +70,7 @@ func TestCPUTime(t *testing.T) {
 		t.Errorf("all processes have used %v s, and this one %v", got, before)
 	}
 	var used, children unix.Rusage
-	for start := before; start < before+0.02; start = cpuTime(os.Getpid()) {
+	for start := before; start < before+0.02; start = CPUTime(os.Getpid()) {
 		if err := errors.Join(unix.Getrusage(unix.RUSAGE_SELF, &used), unix.Getrusage(unix.RUSAGE_CHILDREN, &children)); err != nil {
 			t.Fatal(err)
 		}
@@ -78,7 +78,7 @@ func TestCPUTime(t *testing.T) {
 	// Another clock of the system for the same thing; ended children count in ticks.
 	const tick = 0.01
 	other := float64(used.Utime.Nano()+used.Stime.Nano()+children.Utime.Nano()+children.Stime.Nano()) / 1e9
-	if after := cpuTime(os.Getpid()); after < other-2*tick || before-2*tick > other {
+	if after := CPUTime(os.Getpid()); after < other-2*tick || before-2*tick > other {
 		t.Errorf("the process has used from %v to %v s, and getrusage says %v", before, after, other)
 	}
 }

@@ -18,7 +18,8 @@ type memory struct{ user, fds, kernel float64 }
 
 func memoryOf(int) memory { return memory{math.NaN(), math.NaN(), math.NaN()} }
 
-func cpuTime(int) float64 { return math.NaN() }
+// CPUTime is not known.
+func CPUTime(int) float64 { return math.NaN() }
 
 func callerCPU() float64 { return math.NaN() }
 
