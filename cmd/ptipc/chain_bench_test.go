@@ -298,7 +298,7 @@ func BenchmarkChainBulk(b *testing.B) {
 		b.Run(scheme, func(b *testing.B) {
 			far := startFar(b)
 			client, server := webSockets(b, scheme)
-			args := []string{"--heartbeat=0"}
+			var args []string
 			if scheme == "wss" {
 				dir := b.TempDir()
 				for _, name := range []string{"certificate", "key"} {

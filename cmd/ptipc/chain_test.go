@@ -482,10 +482,10 @@ func TestChainClientAddress(t *testing.T) {
 	}
 }
 
-// family lists the tool and its descendants.
-func (r *tool) family(t *testing.T) []int {
+// family lists a process and its descendants.
+func family(t *testing.T, pid int) []int {
 	t.Helper()
-	pids := []int{r.cmd.Process.Pid}
+	pids := []int{pid}
 	for i := 0; i < len(pids); i++ {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[i]))
 		if err != nil {
@@ -571,11 +571,11 @@ func TestChainSlowReaders(t *testing.T) {
 	}
 	check := func(when string) {
 		for name, r := range map[string]*tool{"server": c.server, "client": c.client} {
-			family := r.family(t)
-			if len(family) < 3 {
-				t.Errorf("the %s's processes are %v; the tool, its launcher and a child were expected", name, family)
+			pids := family(t, r.cmd.Process.Pid)
+			if len(pids) < 3 {
+				t.Errorf("the %s's processes are %v; the tool, its launcher and a child were expected", name, pids)
 			}
-			for _, pid := range family {
+			for _, pid := range pids {
 				if peak := peakMemory(t, pid); peak > bound {
 					t.Errorf("%s, a process at the %s has had %d MB of memory", when, name, peak>>20)
 				}
@@ -644,6 +644,80 @@ func TestChainIdleClients(t *testing.T) {
 		var answer [1]byte
 		if _, err := io.ReadFull(conn, answer[:]); err != nil || answer[0] != byte(i) {
 			t.Fatalf("client %d: %v, %d", i, err, answer[0])
+		}
+	}
+}
+
+// A peer that vanishes, as one whose cable is cut does, is missed by its pings: both
+// ends of the stream end.
+func TestChainPeerVanishes(t *testing.T) {
+	ip := testpeer.Need(t, "ip")
+	if os.Getuid() != 0 {
+		testpeer.Skip(t, "network namespaces need root; run the tests as root")
+	}
+	name := func(end string) string { return fmt.Sprintf("ptipc%d%s", os.Getpid(), end) }
+	near, far := name("n"), name("f")
+	for _, ns := range []string{near, far} {
+		if out, err := exec.CommandContext(t.Context(), ip, "netns", "add", ns).CombinedOutput(); err != nil {
+			testpeer.Skip(t, fmt.Sprintf("no network namespace can be made: %v: %s", err, out))
+		}
+		t.Cleanup(func() { run(t, exec.Command(ip, "netns", "del", ns)) })
+	}
+	for _, args := range [][]string{
+		{"-n", near, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", far},
+		{"-n", near, "addr", "add", "192.0.2.1/24", "dev", "wire"},
+		{"-n", far, "addr", "add", "192.0.2.2/24", "dev", "wire"},
+		{"-n", near, "link", "set", "wire", "up"},
+		{"-n", far, "link", "set", "wire", "up"},
+	} {
+		run(t, exec.CommandContext(t.Context(), ip, args...))
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// Sockets of the file system join the namespaces to the test.
+	service, err := net.Listen("unix", filepath.Join(dir, "service"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer service.Close()
+	client, server := generateWebSocket(t, `{"listen":"192.0.2.2:8443","host":"192.0.2.2"}`)
+	client["ping"], server["ping"] = "1s", "1s"
+	inNamespace := func(ns string, document any) *tool {
+		return startToolBy(t, []string{ip, "netns", "exec", ns}, "--log-level", "info", writeConfig(t, document))
+	}
+	inNamespace(far, map[string]any{"transports": map[string]any{"server": map[string]any{
+		"exec": "builtin:websocket", "role": "server", "config": server, "deliver": "unix://" + service.Addr().String(),
+	}}})
+	front := filepath.Join(dir, "front")
+	inNamespace(near, map[string]any{
+		"transports": map[string]any{"client": map[string]any{"exec": "builtin:websocket", "config": client}},
+		"fronts":     []any{map[string]any{"listen": "unix://" + front, "serve": "forward", "transport": "client"}},
+	})
+	conn, err := net.Dial("unix", front)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	peer, err := service.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	for _, c := range []net.Conn{conn, peer} {
+		_ = c.SetDeadline(time.Now().Add(patience)) // fails only on a closed conn
+	}
+	if _, err := io.CopyN(conn, peer, 1); err != nil {
+		t.Fatal(err)
+	}
+	run(t, exec.CommandContext(t.Context(), ip, "-n", near, "link", "set", "wire", "down"))
+	for end, c := range map[string]net.Conn{"near": conn, "far": peer} {
+		if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the %s end has not missed its peer", end)
 		}
 	}
 }

@@ -133,7 +133,17 @@ func toolCommand(ctx context.Context, t testing.TB, args ...string) *exec.Cmd {
 // startTool runs ptipc run until it says that it is up.
 func startTool(t testing.TB, args ...string) *tool {
 	t.Helper()
-	r := &tool{cmd: toolCommand(context.Background(), t, append([]string{"run"}, args...)...), out: new(lockedBuffer), ended: make(chan error, 1)}
+	return startToolBy(t, nil, args...)
+}
+
+// startToolBy runs it by a command that executes another.
+func startToolBy(t testing.TB, by []string, args ...string) *tool {
+	t.Helper()
+	cmd := toolCommand(context.Background(), t, append([]string{"run"}, args...)...)
+	if len(by) > 0 {
+		cmd.Path, cmd.Args = by[0], append(by, cmd.Args...)
+	}
+	r := &tool{cmd: cmd, out: new(lockedBuffer), ended: make(chan error, 1)}
 	stdout, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -249,8 +249,8 @@ func TestOtherUsersAreRefused(t *testing.T) {
 	}
 }
 
-// ssh runs a command and scp copies, through nc as the proxy command and through
-// ptipc dial.
+// ssh runs a command and scp copies, through nc as the proxy command, before one
+// child and before a chain, and through ptipc dial.
 func TestSSH(t *testing.T) {
 	ssh, scp, sshd := testpeer.Need(t, "ssh"), testpeer.Need(t, "scp"), testpeer.Need(t, "sshd")
 	keygen, nc := testpeer.Need(t, "ssh-keygen"), testpeer.Need(t, "nc.openbsd")
@@ -288,6 +288,7 @@ Subsystem sftp internal-sftp
 	sum := randomFile(t, filepath.Join(dir, "file"), 20<<20)
 	for name, proxy := range map[string]string{
 		"front": nc + " -X 5 -x " + r.front + " %h %p",
+		"chain": nc + " -X 5 -x " + startChain(t, addr).client.front + " %h %p",
 		"dial":  "env " + asTool + "=1 " + self + " dial builtin:direct {} %h:%p",
 	} {
 		t.Run(name, func(t *testing.T) {

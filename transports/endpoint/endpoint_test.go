@@ -57,21 +57,31 @@ func TestOpenAndSettle(t *testing.T) {
 	}
 }
 
-// handshake connects the two over a pipe.
+// handshake connects the two, and returns the client's error.
 func handshake(t *testing.T, server, client *tls.Config) error {
 	t.Helper()
-	near, far := net.Pipe()
-	defer near.Close()
+	l, err := Address("127.0.0.1:0").Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
 	done := make(chan struct{})
+	defer func() { <-done }()
 	go func() {
 		defer close(done)
-		_ = tls.Server(far, server).HandshakeContext(t.Context()) // the client's says more
-		far.Close()
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_ = tls.Server(c, server).HandshakeContext(t.Context()) // the client's error says more
 	}()
-	err := tls.Client(near, client).HandshakeContext(t.Context())
-	near.Close()
-	<-done
-	return err
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	return tls.Client(c, client).HandshakeContext(t.Context())
 }
 
 func TestSelfSigned(t *testing.T) {

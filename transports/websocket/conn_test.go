@@ -430,7 +430,7 @@ func mustCloseWrite(t *testing.T, c ptipc.Conn) {
 func TestRefuse(t *testing.T) {
 	c, far := newPipe(t, false, 0)
 	go c.refuse()
-	if _, _, code := readFrames(far); code != websocket.CloseTryAgainLater {
+	if _, code := readFrames(far); code != websocket.CloseTryAgainLater {
 		t.Errorf("closed with code %d, want 1013", code)
 	}
 }

@@ -41,7 +41,7 @@ func closeFrame(code int) string {
 
 // readFrames collects what a server sends until the connection ends: the stream,
 // and the code of its close frame, 0 if there was none.
-func readFrames(c net.Conn) (stream string, pongs []string, code int) {
+func readFrames(c net.Conn) (stream string, code int) {
 	var d decoder
 	var data []byte
 	buf := make([]byte, 4096)
@@ -51,23 +51,19 @@ func readFrames(c net.Conn) (stream string, pongs []string, code int) {
 			dst := make([]byte, len(src))
 			m, used, what, err := d.decode(dst, src)
 			if err != nil {
-				return string(data), pongs, -1
+				return string(data), -1
 			}
 			data = append(data, dst[:m]...)
 			src = src[used:]
-			switch what {
-			case gotPong:
-				pongs = append(pongs, string(d.control))
-			case gotClose:
+			if what == gotClose {
 				code = websocket.CloseNoStatusReceived
 				if len(d.control) >= 2 {
 					code = int(binary.BigEndian.Uint16(d.control))
 				}
-			default:
 			}
 		}
 		if err != nil {
-			return string(data), pongs, code
+			return string(data), code
 		}
 	}
 }
@@ -136,7 +132,7 @@ func TestFrames(t *testing.T) {
 					}
 					answered := make(chan answer, 1)
 					go func() {
-						stream, _, code := readFrames(far)
+						stream, code := readFrames(far)
 						answered <- answer{stream, code}
 					}()
 					go func() {

@@ -6,10 +6,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"net"
-	"net/netip"
 	"net/url"
 	"strconv"
-	"strings"
 
 	"pthost/ptipc"
 	"pthost/transports/endpoint"
@@ -17,15 +15,12 @@ import (
 
 type options struct {
 	Listen  endpoint.Address `json:"listen,omitempty"`
-	Host    string           `json:"host,omitempty"`
+	Host    hostName         `json:"host,omitempty"`
 	Backend backendURL       `json:"backend,omitempty"`
 }
 
 // Validate implements [ptipc.Validator].
 func (o *options) Validate() error {
-	if _, err := netip.ParseAddr(o.Host); err != nil && (len(o.Host) > 253 || strings.ContainsAny(o.Host, ":/?#[]@% \t")) {
-		return &ptipc.ConfigError{Pointer: "/host", Value: strconv.Quote(o.Host), Problem: "is neither a name nor an address", Remedy: "write it without a port and without brackets"}
-	}
 	if o.Host == "" && !o.Listen.IP().IsValid() {
 		return &ptipc.ConfigError{Pointer: "/host", Problem: "is missing", Remedy: "give the name or address by which clients reach the server"}
 	}
@@ -40,20 +35,20 @@ func generate(ctx context.Context, opaque ptipc.Opaque, _ ptipc.Env) (client, se
 		return nil, nil, err
 	}
 	if o.Host == "" {
-		o.Host = o.Listen.IP().String()
+		o.Host = hostName(o.Listen.IP().String())
 	}
 	listen, err := o.Listen.Settle(ctx)
 	if err != nil {
 		return nil, nil, ptipc.Classify(err)
 	}
-	own, known, err := endpoint.SelfSigned(o.Host)
+	own, known, err := endpoint.SelfSigned(string(o.Host))
 	if err != nil {
 		return nil, nil, err
 	}
 	secret := make([]byte, 16)
 	_, _ = rand.Read(secret) // never fails
 	path := "/" + base64.RawURLEncoding.EncodeToString(secret)
-	to := url.URL{Scheme: "wss", Host: net.JoinHostPort(o.Host, strconv.Itoa(int(listen.Port()))), Path: path}
+	to := url.URL{Scheme: "wss", Host: net.JoinHostPort(string(o.Host), strconv.Itoa(int(listen.Port()))), Path: path}
 	client, err = json.Marshal(map[string]string{"url": to.String(), "pin": known.Pin})
 	if err != nil {
 		return nil, nil, err

@@ -53,8 +53,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -126,6 +128,9 @@ func (u *wsURL) UnmarshalText(text []byte) error {
 	if err != nil || parsed.Scheme != "ws" && parsed.Scheme != "wss" || parsed.Hostname() == "" || parsed.User != nil || parsed.Fragment != "" {
 		return errors.New("is not a URL of a WebSocket: write wss://HOST[:PORT]/PATH")
 	}
+	if err := hostName(parsed.Hostname()).Validate(); err != nil {
+		return errors.New("has a host that is neither a name nor an address")
+	}
 	if port := parsed.Port(); port != "" {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return errors.New("has a port that is not one: write 1 to 65535")
@@ -135,17 +140,31 @@ func (u *wsURL) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// A hostName is a name or an address without a port.
+type hostName string
+
+// Validate implements [ptipc.Validator].
+func (h hostName) Validate() error {
+	if _, err := netip.ParseAddr(string(h)); err == nil {
+		return nil
+	}
+	if len(h) > 253 || strings.ContainsAny(string(h), ":/?#[]@%") || strings.ContainsFunc(string(h), func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+		return errors.New("is neither a name nor an address: write it without a port and without brackets")
+	}
+	return nil
+}
+
 // settings name the server of one connection.
 type settings struct {
-	Host string `json:"host,omitempty"`
-	Port uint16 `json:"port,omitempty"`
+	Host hostName `json:"host,omitempty"`
+	Port uint16   `json:"port,omitempty"`
 }
 
 // at is the URL with the server that the settings name.
 func (s settings) at(u url.URL) *url.URL {
 	host, port := u.Hostname(), u.Port()
 	if s.Host != "" {
-		host = s.Host
+		host = string(s.Host)
 	}
 	if s.Port != 0 {
 		port = strconv.Itoa(int(s.Port))

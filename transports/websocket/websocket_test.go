@@ -374,6 +374,7 @@ func TestConfigs(t *testing.T) {
 		{client, `{}`, "/url"},
 		{client, `{"url":"https://h/"}`, "/url"},
 		{client, `{"url":"wss:///p"}`, "/url"},
+		{client, `{"url":"wss://]/p"}`, "/url"},
 		{client, `{"url":"wss://u:p@h/p"}`, "/url"},
 		{client, `{"url":"wss://h:0/p"}`, "/url"},
 		{client, `{"url":"wss://h:65536/p"}`, "/url"},
