@@ -74,10 +74,10 @@ func compare(b *testing.B, what, unit string, scale float64, rigs []rig, take fu
 	}
 	last := len(rigs) - 1
 	for n, r := range rigs {
-		b.Logf("%-5s %-10s %9.1f %s/s %9.1f %s/cpu-s", what, r.name, bench.Median(rates[n]), unit, bench.Median(perCPU[n]), unit)
+		b.Logf("%-4s %-10s %9.1f %s/s %9.1f %s/cpu-s", what, r.name, bench.Median(rates[n]), unit, bench.Median(perCPU[n]), unit)
 		if n < last {
 			rate, cpu := bench.Ratio(rates[n], rates[last]), bench.Ratio(perCPU[n], perCPU[last])
-			b.Logf("%-5s %-10s %9.2f times the rate of %s, %.2f times for each second of CPU", what, r.name, rate, rigs[last].name, cpu)
+			b.Logf("%-4s %-10s %9.2f times the rate of %s, %.2f times for each second of CPU", what, r.name, rate, rigs[last].name, cpu)
 			b.ReportMetric(rate, fmt.Sprintf("%s-%s-x", r.name, what))
 			b.ReportMetric(cpu, fmt.Sprintf("%s-%s-cpu-x", r.name, what))
 		}
@@ -285,7 +285,7 @@ func benchChain(b *testing.B, scheme, far string) rig {
 	client, server := webSockets(b, scheme)
 	s := startServer(b, server, map[string]any{"via": []string{"free"}, "egress": map[string]any{"allow": []string{far}}})
 	c := startClient(b, client, map[string]any{"serve": "socks5", "via": []string{"free", "client"}})
-	return rig{"chain", []int{c.cmd.Process.Pid, s.cmd.Process.Pid}, dialSOCKS(c.front, nil, far)}
+	return rig{"chain-" + scheme, []int{c.cmd.Process.Pid, s.cmd.Process.Pid}, dialSOCKS(c.front, nil, far)}
 }
 
 // Bulk data against websockify, which takes a WebSocket and connects it to a
@@ -334,7 +334,7 @@ func BenchmarkChainBulk(b *testing.B) {
 // delivers to an echo over TCP, whose own CPU time does not count.
 func BenchmarkChainEcho(b *testing.B) {
 	for _, scheme := range []string{"ws", "wss"} {
-		for _, size := range []int{1 << 10, 16 << 10, 32 << 10} {
+		for _, size := range []int{1 << 10, message} {
 			b.Run(fmt.Sprintf("%s/%dK", scheme, size>>10), func(b *testing.B) {
 				var rigs []rig
 				echo := func(kind string) rig {
@@ -343,7 +343,7 @@ func BenchmarkChainEcho(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					pid, addr := startEcho(b, kind, string(text))
+					pid, addr := startEchoProcess(b, kind, string(text))
 					to, err := url.Parse(client["url"].(string))
 					if err != nil {
 						b.Fatal(err)
@@ -351,7 +351,7 @@ func BenchmarkChainEcho(b *testing.B) {
 					to.Host = addr
 					return rig{kind, []int{pid}, dialGorilla(to.String(), size)}
 				}
-				_, service := startEcho(b, echoTCP, "{}")
+				_, service := startEchoProcess(b, echoTCP, "{}")
 				client, server := webSockets(b, scheme)
 				delivered := startServer(b, server, map[string]any{"deliver": "tcp://" + service})
 				rigs = append(rigs, echo(echoOurs),
@@ -365,12 +365,12 @@ func BenchmarkChainEcho(b *testing.B) {
 	}
 }
 
-// Connections a second: front, free, WebSocket over TLS and a byte of the
-// destination, against a pair of obfs4proxy.
+// Connections a second: front, free, WebSocket with and without TLS and a byte of
+// the destination, against a pair of obfs4proxy.
 func BenchmarkChainConnections(b *testing.B) {
 	obfs4proxy := testpeer.Need(b, "obfs4proxy")
 	far := startFar(b)
-	rigs := []rig{benchChain(b, "wss", far), startObfs4(b, obfs4proxy, far)}
+	rigs := []rig{benchChain(b, "wss", far), benchChain(b, "ws", far), startObfs4(b, obfs4proxy, far)}
 	for _, atOnce := range []int{1, 16} {
 		b.Run(fmt.Sprintf("%d-at-once", atOnce), func(b *testing.B) {
 			for b.Loop() {
@@ -448,8 +448,8 @@ const (
 	echoTCP     = "tcp"
 )
 
-// startEcho runs an echo in a process of its own.
-func startEcho(b *testing.B, kind, config string) (pid int, addr string) {
+// startEchoProcess runs an echo in a process of its own.
+func startEchoProcess(b *testing.B, kind, config string) (pid int, addr string) {
 	b.Helper()
 	self, err := os.Executable()
 	if err != nil {

@@ -17,7 +17,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -365,9 +364,7 @@ func TestChainKilled(t *testing.T) {
 				}
 				within(t, "the transfer is on its way", started)
 				ready := strings.Count(victim.out.String(), "child ready")
-				if err := syscall.Kill(lastPid(victim.out.String()), syscall.SIGKILL); err != nil {
-					t.Fatal(err)
-				}
+				kill(t, lastPid(victim.out.String()))
 				err := cmd.Wait()
 				var exit *exec.ExitError
 				if !errors.As(err, &exit) || exit.ExitCode() == curlTimedOut || !strings.Contains(out.String(), "curl: (") {
@@ -385,6 +382,35 @@ func TestChainKilled(t *testing.T) {
 
 // curlTimedOut is the exit code of curl after the time that -m gives it.
 const curlTimedOut = 28
+
+// An answer that comes before the upload has ended gets through.
+func TestChainEarlyAnswer(t *testing.T) {
+	curl, nginx := testpeer.Need(t, "curl"), testpeer.Need(t, "nginx")
+	dir, addr := t.TempDir(), freePort(t)
+	startNginxWith(t, nginx, dir, addr, fmt.Sprintf(`access_log off; client_max_body_size 1m; lingering_close off;
+	server { listen %s; root %s; dav_methods PUT; }`, addr, dir))
+	local := filepath.Join(dir, "upload")
+	randomFile(t, local, 20<<20)
+	c := startChain(t, addr)
+	cmd := exec.CommandContext(t.Context(), curl, "-sS", "-m", "30", "-o", os.DevNull, "-w", "%{http_code}", "-H", "Expect:",
+		"--socks5-hostname", c.client.front, "-T", local, "http://"+addr+"/file")
+	// Whether curl complains of what it could not send is its own affair.
+	if out, err := cmd.Output(); string(out) != "413" {
+		t.Errorf("%v: %q, want 413", err, out)
+	}
+}
+
+// kill ends a process that has no say in it.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	process, err := os.FindProcess(pid)
+	if err == nil {
+		err = process.Kill()
+	}
+	if err != nil && !errors.Is(err, os.ErrProcessDone) {
+		t.Fatal(err)
+	}
+}
 
 // endless are zeros.
 type endless struct{}
@@ -684,8 +710,8 @@ func TestChainPeerVanishes(t *testing.T) {
 	defer service.Close()
 	client, server := generateWebSocket(t, `{"listen":"192.0.2.2:8443","host":"192.0.2.2"}`)
 	client["ping"], server["ping"] = "1s", "1s"
-	inNamespace := func(ns string, document any) *tool {
-		return startToolBy(t, []string{ip, "netns", "exec", ns}, "--log-level", "info", writeConfig(t, document))
+	inNamespace := func(ns string, document any) {
+		startToolBy(t, []string{ip, "netns", "exec", ns}, "--log-level", "info", writeConfig(t, document))
 	}
 	inNamespace(far, map[string]any{"transports": map[string]any{"server": map[string]any{
 		"exec": "builtin:websocket", "role": "server", "config": server, "deliver": "unix://" + service.Addr().String(),

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -34,7 +33,7 @@ func startChromium(t *testing.T, page string, args ...string) {
 	t.Cleanup(func() {
 		all := family(t, cmd.Process.Pid) // some of them lead sessions of their own
 		for _, pid := range all {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended already
+			kill(t, pid)
 		}
 		_ = cmd.Wait() // it was killed
 		for _, pid := range all {

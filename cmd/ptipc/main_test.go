@@ -31,7 +31,22 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	testscript.Main(m, map[string]func(){"ptipc": main, echoCommand: echoMain})
+	testscript.Main(withRuntimeDir{m}, map[string]func(){"ptipc": main, echoCommand: echoMain})
+}
+
+// withRuntimeDir keeps tests off the control socket of a host of the developer's.
+type withRuntimeDir struct{ *testing.M }
+
+func (m withRuntimeDir) Run() int {
+	dir, err := os.MkdirTemp("", "ptipc-test-")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Setenv("XDG_RUNTIME_DIR", dir); err != nil {
+		panic(err)
+	}
+	return m.M.Run()
 }
 
 // The tool as people use it, in testdata/script. "exits N COMMAND…" demands an exit
@@ -45,6 +60,7 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("ECHO", echo)
+			env.Setenv("XDG_RUNTIME_DIR", env.WorkDir)
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
@@ -126,7 +142,8 @@ func toolCommand(ctx context.Context, t testing.TB, args ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(ctx, self, args...)
-	cmd.Env = append(os.Environ(), asTool+"=1")
+	// What the race detector is built into would sleep for a second before it exits.
+	cmd.Env = append(os.Environ(), asTool+"=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))
 	return cmd
 }
 

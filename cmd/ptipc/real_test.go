@@ -24,9 +24,6 @@ import (
 
 const bulk = 100 << 20
 
-// nobody is a user of the machine that is not the one of the tests.
-const nobody = 65534
-
 // randomFile writes random bytes and returns their checksum.
 func randomFile(t *testing.T, path string, size int64) string {
 	t.Helper()
@@ -217,35 +214,6 @@ func TestCurlErrors(t *testing.T) {
 		if err == nil || !strings.Contains(string(out), reply) {
 			t.Errorf("%s: %v\n%s", dest, err, out)
 		}
-	}
-}
-
-// Another user of the machine is refused at a front, on TCP and on a unix socket.
-func TestOtherUsersAreRefused(t *testing.T) {
-	curl := testpeer.Need(t, "curl")
-	if os.Getuid() != 0 {
-		testpeer.Skip(t, "only root can be another user; run the tests as root")
-	}
-	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	page := serve(t, func(conn *net.TCPConn) {
-		_, _ = bufio.NewReader(conn).ReadString('\n')
-		_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-	})
-	r := startDirect(t)
-	fetch := func(uid uint32) ([]byte, error) {
-		cmd := exec.CommandContext(t.Context(), curl, "-sS", "-m", "20", "--socks5-hostname", r.front, "http://"+page+"/")
-		cmd.Dir = "/"
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-		return cmd.CombinedOutput()
-	}
-	if out, err := fetch(0); err != nil || !strings.HasSuffix(string(out), "hello") {
-		t.Fatalf("our own curl: %v\n%s", err, out)
-	}
-	if out, err := fetch(nobody); err == nil || strings.Contains(string(out), "hello") {
-		t.Errorf("another user's curl got in: %v\n%s", err, out)
 	}
 }
 
@@ -448,10 +416,7 @@ func TestFrontOutlivesItsChild(t *testing.T) {
 	}
 	fetch()
 	for range 3 {
-		pid := lastPid(r.out.String())
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		kill(t, lastPid(r.out.String()))
 		fetch()
 	}
 	if n := strings.Count(r.out.String(), "child is restarted"); n < 3 {

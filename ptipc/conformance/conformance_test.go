@@ -78,11 +78,12 @@ func want(t *testing.T, report conformance.Report, v conformance.Verdict, names 
 
 // Cases that cannot run with a child, or on a machine, of some kind.
 var (
-	ofRoot      = []string{"SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/host-user"}
-	withoutKeys = []string{"CFG-2/twice", "CFG-2/wrong-case"}
-	withoutLogs = []string{"LINE-9/log", "LINE-10/status"}
-	ofBound     = []string{"SOCKS-11/anywhere", "SOCKS-11/elsewhere"}
-	ofFree      = []string{
+	ofRoot        = []string{"SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/host-user"}
+	withoutKeys   = []string{"CFG-2/twice", "CFG-2/wrong-case"}
+	withoutErrors = []string{"CFG-2/place", "LINE-8/method-error"}
+	withoutLogs   = []string{"LINE-9/log", "LINE-10/status"}
+	ofBound       = []string{"SOCKS-11/anywhere", "SOCKS-11/elsewhere"}
+	ofFree        = []string{
 		"SOCKS-12/nowhere", "SOCKS-13/name", "SOCKS-14/hang-up", "SOCKS-14/end-without-early-data", "SOCKS-14/end-after-early-data",
 		"SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/broken-far-end", "SOCKS-15/broken-client",
 		"ERR-1/refused", "ERR-1/unknown-name", "ERR-2/same-class", "PROXY-1/failing", "PROXY-3/name",
@@ -273,7 +274,7 @@ func TestFaults(t *testing.T) {
 	needLinux(t)
 	// The runs wait most of the time: more of them fit side by side than there are processors.
 	reports, errs := make([]conformance.Report, len(faults)), make([]error, len(faults))
-	free := make(chan struct{}, 6)
+	free := make(chan struct{}, 32)
 	var runs sync.WaitGroup
 	for i, f := range faults {
 		s := faultySubject(t, f.name)
@@ -425,7 +426,7 @@ func TestRawChild(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := conformance.Subject{Path: testpeer.Need(t, "python3"), Args: []string{script}, Plain: true}
-	demandAll(t, s, slices.Concat(withoutKeys, withoutLogs, ofBound, ofExtended, ofStats))
+	demandAll(t, s, slices.Concat(withoutKeys, withoutErrors, withoutLogs, ofBound, ofExtended, ofStats))
 }
 
 func TestDirect(t *testing.T) {

@@ -39,10 +39,12 @@
 // each on one thread, half as many as there are processors. The reason is what a
 // goroutine costs that waits for a socket: when the runtime's poller finds it
 // ready, it wakes a second thread to look for more work, and finds none. Loops run
-// while there are pairs; the last one to end stops its loop. An idle pair holds
+// while there are pairs, at first in the goroutine of the first pair's Join; the last
+// pair to end stops its loop. An idle pair holds
 // two descriptors, the parked goroutine of its Join and no buffer. Small amounts
 // are read and written; when a read is full, splice(2) takes over, with a pipe
-// that the flow keeps only while the other side does not take its bytes.
+// that the flow keeps only while the other side does not take its bytes. A unix socket
+// that bulk goes to gets a larger send buffer.
 //
 // While Join runs, the sockets belong to the loop, and the conns that were given
 // to it only tell their addresses and counts.

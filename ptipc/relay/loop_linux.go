@@ -22,6 +22,11 @@ const (
 	idlePipes = 4 // kept by a loop for the next bulk flow
 
 	yieldAfter = 5 * time.Millisecond
+
+	// What a unix socket may hold on its way to the peer, before the system doubles
+	// it. The default is so little that bulk moves in small pieces, and its cost is
+	// that of waking for each of them.
+	unixSendBuffer = 1 << 20
 )
 
 // A loop relays many pairs on one thread, which sleeps in epoll_wait. It runs
@@ -52,14 +57,14 @@ var (
 	nextLoop atomic.Uint32
 )
 
-// add puts p into the loop, which it starts if it is the first. false means that
-// the system is short of something.
-func (l *loop) add(p *pair) bool {
+// add puts p into the loop. If p is the first pair, the caller has to run the loop.
+// ok is false if the system is short of something.
+func (l *loop) add(p *pair) (first, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	first := len(l.pairs) == 0
+	first = len(l.pairs) == 0
 	if first && !l.open() {
-		return false
+		return false, false
 	}
 	for { // ids wrap around
 		l.last = (l.last + 1) & 0x3fffffff
@@ -76,17 +81,14 @@ func (l *loop) add(p *pair) bool {
 			if first {
 				l.close()
 			}
-			return false
+			return false, false
 		}
 	}
 	l.pairs[p.id] = p
 	if p.cut != nil {
 		l.abort(p)
 	}
-	if first {
-		go l.run()
-	}
-	return true
+	return first, true
 }
 
 func (l *loop) open() bool {
@@ -156,10 +158,16 @@ func (l *loop) abort(p *pair) {
 	_, _ = unix.Write(l.wake, []byte{7: 1}) // one more than any number of bytes is an event
 }
 
-func (l *loop) run() {
+// run runs the loop until it has no pairs any more. It begins in the goroutine of the
+// Join of its first pair, own: to start another would wake a thread for each short
+// connection. When own ends before others, a goroutine of its own takes over.
+func (l *loop) run(own *pair) {
 	var events [64]unix.EpollEvent
+	ownEnded := false
 	yielded := time.Now()
-	l.scratch = chunks.Get().(*[chunk]byte)
+	if l.scratch == nil {
+		l.scratch = chunks.Get().(*[chunk]byte)
+	}
 	for {
 		timeout := -1
 		if len(l.ready) > 0 {
@@ -203,11 +211,16 @@ func (l *loop) run() {
 				if l.finish(p) {
 					return
 				}
+				ownEnded = ownEnded || p == own
 			} else if more {
 				l.enqueue(p)
 			}
 		}
 		l.ready = append(l.ready[:0], l.ready[turn:]...)
+		if ownEnded {
+			go l.run(nil)
+			return
+		}
 	}
 }
 
@@ -295,6 +308,10 @@ func (l *loop) fill(p *pair, i int) {
 	f, src := &p.flows[i], &p.legs[i]
 	if f.bulk && !f.copies {
 		f.pipe = l.takePipe()
+		if dst := &p.legs[1-i]; !dst.tcp && !dst.widened {
+			dst.widened = true
+			_ = unix.SetsockoptInt(dst.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, unixSendBuffer) // without it bulk is only slower
+		}
 	}
 	var n int
 	var err error

@@ -34,19 +34,26 @@ func joinSockets(ctx context.Context, a, b net.Conn) (err error, done bool) {
 		close(p.done)
 		return closed, true
 	}
-	if !l.add(p) {
+	first, ok := l.add(p)
+	if !ok {
 		p.handOver(nil)
 		close(p.done)
 		return nil, false
 	}
-	// From here on the loop has the sockets. Left open, these would have the
+	// The loop has the sockets now. Left open, these would have the
 	// runtime's poller wake a thread for each event as well.
 	_, _ = socketA.Close(), socketB.Close()
-	select {
-	case <-p.done:
-	case <-ctx.Done():
-		l.cut(p, cutBy(ctx))
-		<-p.done
+	if first {
+		stop := context.AfterFunc(ctx, func() { l.cut(p, cutBy(ctx)) })
+		l.run(p)
+		stop()
+	} else {
+		select {
+		case <-p.done:
+		case <-ctx.Done():
+			l.cut(p, cutBy(ctx))
+			<-p.done
+		}
 	}
 	if p.failed != nil {
 		return p.failed, true
@@ -84,11 +91,12 @@ func (p *pair) handOver(cut func()) bool {
 
 // A leg is one socket of a pair.
 type leg struct {
-	fd     int
-	tcp    bool
-	layers []*Conn // that count it, the outermost first
-	armed  bool    // EPOLLOUT is asked for
-	gone   bool    // the peer takes nothing any more
+	fd      int
+	tcp     bool
+	layers  []*Conn // that count it, the outermost first
+	armed   bool    // EPOLLOUT is asked for
+	gone    bool    // the peer takes nothing any more
+	widened bool    // a unix socket that has unixSendBuffer
 }
 
 // take duplicates the descriptor of the socket underneath c.

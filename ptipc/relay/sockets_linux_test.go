@@ -254,3 +254,24 @@ func TestJoinRaces(t *testing.T) {
 		}
 	}
 }
+
+// A loop begins in the Join of its first pair, and must outlive it.
+func TestLoopOutlivesItsFirstPair(t *testing.T) {
+	all := make([]*joined, 2*len(loops))
+	for i := range all {
+		all[i] = startJoin(t, "unix", "tcp")
+		mustWrite(t, all[i].left, "ping") // one after the other, so that the first is known
+		mustRead(t, all[i].right, "ping")
+	}
+	for i, j := range all {
+		mustCloseWrite(t, j.left)
+		mustCloseWrite(t, j.right)
+		if err := j.wait(); err != nil {
+			t.Fatalf("Join: %v", err)
+		}
+		for _, other := range all[i+1:] {
+			mustWrite(t, other.right, "pong")
+			mustRead(t, other.left, "pong")
+		}
+	}
+}

@@ -17,8 +17,9 @@ import (
 )
 
 const (
-	// maxPayload is the most that one frame carries.
-	maxPayload = 32 << 10
+	// maxPayload is the most that one frame carries. With its header it fills four
+	// records of TLS: a few bytes more would be a fifth, with a system call of its own.
+	maxPayload = 64<<10 - maxHeader
 
 	// smallRead is what a Read with a smaller buffer takes from the wire. Others
 	// take no more than they have room for, and no buffer stands between.
@@ -328,7 +329,7 @@ func (c *conn) endBoth() {
 }
 
 // Write writes to the stream. Bytes that a deadline kept back count as written
-// and go out later; there are at most 32 KiB of them.
+// and go out later; there are less than 64 KiB of them.
 func (c *conn) Write(b []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()

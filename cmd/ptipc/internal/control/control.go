@@ -113,7 +113,7 @@ func Listen(path string, log *slog.Logger) (net.Listener, error) {
 // A Server serves HTTP within bounds on time, size and connections.
 type Server struct {
 	http *http.Server
-	done chan error
+	done chan struct{} // closed when Serve has returned
 }
 
 // Serve serves h on l, which it closes in the end.
@@ -128,7 +128,7 @@ func Serve(l net.Listener, h http.Handler, log *slog.Logger) *Server {
 			MaxHeaderBytes:    maxHeader,
 			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		},
-		done: make(chan error, 1),
+		done: make(chan struct{}),
 	}
 	limited := netutil.LimitListener(l, maxConns)
 	go func() {
@@ -136,7 +136,7 @@ func Serve(l net.Listener, h http.Handler, log *slog.Logger) *Server {
 		if !errors.Is(err, http.ErrServerClosed) {
 			log.Error("an HTTP server of the host has ended", "addr", l.Addr().String(), "err", err)
 		}
-		s.done <- err
+		close(s.done)
 	}()
 	return s
 }

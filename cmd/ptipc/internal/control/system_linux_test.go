@@ -1,13 +1,17 @@
 package control
 
 import (
+	"bufio"
 	"errors"
+	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"pthost/ptipc/testpeer"
 )
@@ -22,7 +26,10 @@ func TestStranger(t *testing.T) {
 	dir := privateDir(t)
 	path := filepath.Join(dir, "c.sock")
 	host := newFake()
-	l, err := Listen(path, discard)
+	read, write := io.Pipe()
+	defer write.Close()
+	logged := bufio.NewReader(read)
+	l, err := Listen(path, slog.New(slog.NewTextHandler(write, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,18 +54,17 @@ func TestStranger(t *testing.T) {
 	}
 	out, err := ask(&syscall.Credential{Uid: 65534, Gid: 65534})
 	var exit *exec.ExitError
-	// 52 is an answer without a byte, 55 and 56 a connection that broke; 7 would be
-	// one that was not made, which would show nothing.
-	if !errors.As(err, &exit) || exit.ExitCode() < 52 || exit.ExitCode() > 56 || out != "" {
+	if !errors.As(err, &exit) || out != "" {
 		t.Errorf("nobody: %q %v", out, err)
+	}
+	// It did get as far as the guard, which says so.
+	if line, err := logged.ReadString('\n'); err != nil || !strings.Contains(line, "65534") {
+		t.Errorf("logged: %q %v", line, err)
 	}
 	select {
 	case <-host.stopped:
 		t.Error("another user has stopped the host")
 	default:
-	}
-	if n := l.(interface{ Refused() uint64 }); n.Refused() != 1 {
-		t.Errorf("%d were refused", n.Refused())
 	}
 	if out, err := ask(nil); err != nil || strings.TrimSpace(out) != "{}" {
 		t.Errorf("root: %q %v", out, err)
@@ -92,8 +98,11 @@ func TestNoDescriptorLeft(t *testing.T) {
 	for range 5 {
 		round()
 	}
-	if after := descriptors(t); after != before {
-		t.Errorf("%d descriptors, %d before", after, before)
+	// The HTTP client closes its connections a moment after the answer.
+	for deadline := time.Now().Add(20 * time.Second); descriptors(t) > before; {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d descriptors, %d before", descriptors(t), before)
+		}
 	}
 }
 
