@@ -31,6 +31,8 @@ type launch struct {
 	first  []byte         // a line for standard input
 	files  int            // how many descriptors the child may have
 	onDone func(*child)   // called as soon as CMETHODS DONE has come
+	// prepare does what a host does in the state directory before the child starts.
+	prepare func(*localnet.Dir) error
 }
 
 // outLine is a line of standard output without its LF.
@@ -128,6 +130,12 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 	}
 	if c.dir, err = localnet.OpenDir(state); err != nil {
 		return nil, err
+	}
+	if l.prepare != nil {
+		if err := l.prepare(c.dir); err != nil {
+			_ = c.dir.Close()
+			return nil, err
+		}
 	}
 	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], s.arguments(l)...)
 	if l.files > 0 {

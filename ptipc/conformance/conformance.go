@@ -21,6 +21,14 @@ type Subject struct {
 	Path string
 	// Args are the executable's own arguments, before the role.
 	Args []string
+	// Role is the side that is looked at: "client", which is also "", or "server".
+	Role string
+	// Generate are options with which the child, in the role generate, makes
+	// configurations for a server that listens on this machine's loopback and for its
+	// client. With them, a server is started with what was generated, and reached
+	// through the child's own client. Without them, a server is started with Config and
+	// its wire has to be plain TCP.
+	Generate ptipc.Opaque
 	// Config is a configuration that works. It stands on the child's command line,
 	// where other users of the machine can read it: use one without secrets of worth.
 	Config ptipc.Opaque
@@ -75,6 +83,7 @@ type Case struct {
 	Name   string `json:"name"`   // for example SOCKS-5/byte-by-byte
 	Level  Level  `json:"level"`
 	Slow   bool   `json:"slow,omitempty"` // run only with Options.Slow
+	Role   string `json:"role,omitempty"` // "server" for cases about servers alone
 
 	run func(*trial)
 }
@@ -92,9 +101,9 @@ func slow(c Case) Case {
 	return c
 }
 
-// Cases returns all cases in the order in which they are run.
+// Cases returns the cases of both roles in the order in which they are run.
 func Cases() []Case {
-	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, lineCases)
+	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, lineCases, serverCases)
 }
 
 // A Verdict is how a case went.
@@ -179,7 +188,7 @@ func (r Report) String() string {
 // cases that are left could not run.
 func Run(ctx context.Context, subject Subject, options Options) (Report, error) {
 	var report Report
-	cases, err := options.cases()
+	cases, err := options.cases(subject.Role)
 	if err != nil {
 		return report, err
 	}
@@ -198,7 +207,7 @@ func Run(ctx context.Context, subject Subject, options Options) (Report, error) 
 // error, a SHOULD is logged, and what could not run is skipped.
 func Test(t *testing.T, subject Subject, options Options) {
 	t.Helper()
-	cases, err := options.cases()
+	cases, err := options.cases(subject.Role)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,14 +230,21 @@ func Test(t *testing.T, subject Subject, options Options) {
 	}
 }
 
-func (o Options) cases() ([]Case, error) {
+func (o Options) cases(role string) ([]Case, error) {
+	switch role {
+	case "client":
+		role = ""
+	case "", roleServer:
+	default:
+		return nil, fmt.Errorf("conformance: Subject.Role is %q; it is client or server: %w", role, ptipc.ExitUsage)
+	}
 	pattern, err := regexp.Compile(o.Pattern)
 	if err != nil {
 		return nil, fmt.Errorf("conformance: the pattern %q: %w", o.Pattern, err)
 	}
 	var cases []Case
 	for _, c := range Cases() {
-		if pattern.MatchString(c.Name) && (o.Slow || !c.Slow) {
+		if c.Role == role && pattern.MatchString(c.Name) && (o.Slow || !c.Slow) {
 			cases = append(cases, c)
 		}
 	}

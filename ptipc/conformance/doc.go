@@ -27,7 +27,8 @@
 // SHOULD are reported. A case that cannot run, because of the machine or because it
 // is about something that the child does not have, says why.
 //
-// What is checked is the client role. Some cases look at the child's sockets in
+// Subject.Role says which side is looked at, the client or the server. For a server the
+// suite is the host to which connections are delivered (SRV-3). Some cases look at the child's sockets in
 // /proc and are run on Linux alone; the one about other users of the machine
 // (SOCKS-17) needs root. Clauses that bind the host, and those whose breach does not
 // show, have no case.

@@ -76,11 +76,11 @@ func Listen(url string, log *slog.Logger) (net.Listener, error) {
 
 // inDir keeps the directory of a unix socket open for as long as the socket.
 type inDir struct {
-	net.Listener
+	*localnet.GuardedListener
 	dir *localnet.Dir
 }
 
-func (l *inDir) Close() error { return errors.Join(l.Listener.Close(), l.dir.Close()) }
+func (l *inDir) Close() error { return errors.Join(l.GuardedListener.Close(), l.dir.Close()) }
 
 // SOCKS5 serves an ordinary SOCKS5 proxy, CONNECT without authentication, through
 // a free factory. Every connection gets the same settings.
