@@ -23,7 +23,9 @@ type logHandler struct {
 }
 
 // Enabled leaves out what is for debugging: each line waits for the host to read it.
-func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelInfo }
+func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelInfo
+}
 
 func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	// The line has places of its own for these, and has no time.

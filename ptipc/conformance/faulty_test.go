@@ -69,6 +69,12 @@ func (f *faulty) die(code int, format string, args ...any) {
 func faultyMain(fault string, args []string) {
 	f := &faulty{fault: fault, conns: map[string]*faultyCounts{}}
 	f.host.UID = -1
+	switch {
+	case len(args) == 3 && args[0] == "server":
+		f.serverMain(args[1:])
+	case len(args) == 2 && args[0] == "generate":
+		f.generateMain()
+	}
 	terms := make(chan os.Signal, 2)
 	signal.Notify(terms, syscall.SIGTERM)
 	in := bufio.NewReaderSize(os.Stdin, 2<<20)

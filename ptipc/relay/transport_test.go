@@ -15,21 +15,21 @@ import (
 func TestMeterTransport(t *testing.T) {
 	var meter Meter
 	dialling, goOn := make(chan struct{}, 1), make(chan struct{})
-	pipe := func(context.Context, ptipc.Opaque, string) (net.Conn, error) {
+	pipe := func() net.Conn {
 		a, b := net.Pipe()
 		t.Cleanup(func() { b.Close() })
-		return a, nil
+		return a
 	}
 	ends := 0
 	transport := meter.Transport(map[string]ptipc.ConnectionFactory{
-		"good": meter.Factory(false, pipe),
+		"good": meter.Factory(false, func(context.Context, ptipc.Opaque, string) (net.Conn, error) { return pipe(), nil }),
 		"bad": meter.Factory(true, func(context.Context, ptipc.Opaque, string) (net.Conn, error) {
 			return nil, syscall.ECONNREFUSED
 		}),
-		"slow": meter.Factory(false, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
+		"slow": meter.Factory(false, func(context.Context, ptipc.Opaque, string) (net.Conn, error) {
 			dialling <- struct{}{}
 			<-goOn
-			return pipe(ctx, settings, dest)
+			return pipe(), nil
 		}),
 	}, func() error { ends++; return nil })
 
