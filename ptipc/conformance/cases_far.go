@@ -211,11 +211,11 @@ func (t *trial) unanswering(c *child) *fullServer {
 	return nil
 }
 
-// lookPeriod is slow because the system's list of sockets can be long.
-const lookPeriod = 50 * time.Millisecond
+// lookPeriod is slow because the system looks at all of its sockets.
+const lookPeriod = 20 * time.Millisecond
 
 func (f *fullServer) dialing() bool {
-	yes, err := dialing(f.c.proc.Pid(), netip.MustParseAddrPort(f.addr))
+	yes, err := dialing(netip.MustParseAddrPort(f.addr))
 	f.t.need(err)
 	return yes
 }

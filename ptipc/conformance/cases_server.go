@@ -213,7 +213,7 @@ func (c *child) serving() bool { return slices.Contains(c.with("SMETHODS"), "DON
 
 // generates ends the case for a child of which no options are known.
 func (t *trial) generates() {
-	if t.suite.subject.Generate.Empty() {
+	if len(t.suite.subject.Generate) == 0 {
 		t.cannot("no options for the role generate are known; set Subject.Generate")
 	}
 }
@@ -223,7 +223,7 @@ type configPair struct{ client, server string }
 
 // pair is what the child generates, or the subject's configuration for a server.
 func (t *trial) pair() configPair {
-	if t.suite.subject.Generate.Empty() {
+	if len(t.suite.subject.Generate) == 0 {
 		return configPair{server: t.suite.config()}
 	}
 	c := t.start(launch{args: []string{"generate", string(t.suite.subject.Generate)}})
@@ -272,6 +272,19 @@ type server struct {
 	method method
 	client *child // through which the wire is reached; nil if it is plain TCP
 	conns  chan net.Conn
+	over   chan struct{} // closed when the case ends
+}
+
+// refuseAll refuses what is still delivered.
+func (s *server) refuseAll() {
+	for {
+		select {
+		case conn := <-s.conns:
+			conn.Close()
+		case <-s.over:
+			return
+		}
+	}
 }
 
 func (t *trial) startServer(config string, host map[string]any) *child {
@@ -284,9 +297,9 @@ func (t *trial) serve() *server {
 		t.cannot("the child did not get ready before")
 	}
 	pair := t.pair()
-	s := &server{t: t, conns: make(chan net.Conn)}
+	s := &server{t: t, conns: make(chan net.Conn), over: make(chan struct{})}
 	var listener *localnet.Listener
-	ended, accepting := make(chan struct{}), make(chan struct{})
+	accepting := make(chan struct{})
 	s.child = t.start(launch{
 		args: []string{roleServer, pair.server, t.suite.host(map[string]any{"deliver": "unix:" + deliverName})},
 		prepare: func(dir *localnet.Dir) (err error) {
@@ -294,7 +307,7 @@ func (t *trial) serve() *server {
 			return err
 		},
 	})
-	t.onEnd(func() { close(ended); listener.Close(); <-accepting })
+	t.onEnd(func() { close(s.over); listener.Close(); <-accepting })
 	go func() {
 		defer close(accepting)
 		for {
@@ -304,7 +317,7 @@ func (t *trial) serve() *server {
 			}
 			select {
 			case s.conns <- conn:
-			case <-ended:
+			case <-s.over:
 				conn.Close()
 				return
 			}
@@ -383,10 +396,15 @@ func (d *delivery) handshake() map[string]any {
 		text = d.read(int(size[0])<<16|int(size[1])<<8|int(size[2]), "settings")
 	} else {
 		// No more is read than the object, so that nothing of the request is lost.
+		_ = d.conn.SetReadDeadline(time.Now().Add(d.t.suite.patience))
 		text = first
-		for !json.Valid(text) && len(text) < 4096 {
-			text = append(text, d.read(1, "settings that are one JSON object")...)
+		for b := first; !json.Valid(text) && len(text) < 4096; text = append(text, b...) {
+			b = make([]byte, 1)
+			if _, err := d.conn.Read(b); err != nil {
+				d.t.fell("settings that are one JSON object", "%q and then: %v", text, err)
+			}
 		}
+		d.t.show("host <", text)
 	}
 	var told map[string]any
 	if err := json.Unmarshal(text, &told); err != nil {
@@ -403,6 +421,7 @@ func (t *trial) serverFinishes(ask func(*child), when string) {
 	s := t.serve()
 	client, host := s.deliver()
 	ask(s.child)
+	go s.refuseAll() // what comes of looking whether the wire still listens
 	if !t.until(func() bool {
 		conn, err := (&net.Dialer{}).DialContext(t.ctx, "tcp", s.method.addr)
 		if err == nil {

@@ -10,14 +10,15 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// The states of a TCP socket in /proc/net/tcp.
+// The states of a TCP socket, as the kernel numbers them.
 const (
-	stateConnecting = "02"
-	stateListening  = "0A"
+	stateConnecting = 2
+	stateListening  = 10
 )
 
 // listening returns the TCP addresses on which the processes listen.
@@ -34,25 +35,22 @@ func listening(pids []int) ([]netip.AddrPort, error) {
 			}
 		}
 	}
-	var found []netip.AddrPort
-	for _, pid := range pids {
-		sockets, err := tcpSockets(pid, stateListening)
-		if err != nil {
-			continue // the process has just ended
-		}
-		for _, s := range sockets {
-			if own[s.inode] {
-				found = append(found, s.local)
-			}
-		}
-		return found, nil // the others are in the same network namespace
+	sockets, err := tcpSockets(stateListening)
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("none of the child's processes %v can be looked at", pids)
+	var found []netip.AddrPort
+	for _, s := range sockets {
+		if own[strconv.FormatUint(uint64(s.inode), 10)] {
+			found = append(found, s.local)
+		}
+	}
+	return found, nil
 }
 
 // dialing reports whether somebody is about to connect to an address.
-func dialing(pid int, to netip.AddrPort) (bool, error) {
-	sockets, err := tcpSockets(pid, stateConnecting)
+func dialing(to netip.AddrPort) (bool, error) {
+	sockets, err := tcpSockets(stateConnecting)
 	for _, s := range sockets {
 		if s.remote == to {
 			return true, nil
@@ -63,61 +61,76 @@ func dialing(pid int, to netip.AddrPort) (bool, error) {
 
 type tcpSocket struct {
 	local, remote netip.AddrPort
-	inode         string
+	inode         uint32
 }
 
-// tcpSockets are all sockets of one state in the process's network namespace.
-func tcpSockets(pid int, state string) ([]tcpSocket, error) {
+// tcpSockets are all sockets of one state in this network namespace, which is the
+// child's as well, since its sockets are on the loopback of both. /proc/net/tcp has
+// them too, but takes long to read when many connections have ended lately.
+func tcpSockets(state uint8) ([]tcpSocket, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
+	}
+	defer unix.Close(fd)
 	var sockets []tcpSocket
-	for _, name := range []string{"tcp", "tcp6"} {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, name))
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		// struct nlmsghdr and struct inet_diag_req_v2 of <linux/inet_diag.h>.
+		ask := make([]byte, 72)
+		binary.NativeEndian.PutUint32(ask, uint32(len(ask)))
+		binary.NativeEndian.PutUint16(ask[4:], unix.SOCK_DIAG_BY_FAMILY)
+		binary.NativeEndian.PutUint16(ask[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
+		ask[16], ask[17] = family, unix.IPPROTO_TCP
+		binary.NativeEndian.PutUint32(ask[20:], 1<<state)
+		if err := unix.Sendto(fd, ask, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
+		}
+		found, err := readSockets(fd)
 		if err != nil {
-			if name == "tcp6" && os.IsNotExist(err) {
-				break // a kernel without IPv6
-			}
-			return nil, err
+			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
 		}
-		for line := range strings.Lines(string(text)) {
-			// Most of the lines can be connections that are long gone.
-			if !strings.Contains(line, " "+state+" ") {
-				continue
-			}
-			fields := strings.Fields(line)
-			if len(fields) < 10 || fields[3] != state {
-				continue
-			}
-			local, err := kernelAddr(fields[1])
-			if err != nil {
-				return nil, err
-			}
-			remote, err := kernelAddr(fields[2])
-			if err != nil {
-				return nil, err
-			}
-			sockets = append(sockets, tcpSocket{local, remote, fields[9]})
-		}
+		sockets = append(sockets, found...)
 	}
 	return sockets, nil
 }
 
-// kernelAddr reads an address as /proc/net/tcp has it: 32-bit words in the
-// machine's byte order, then the port.
-func kernelAddr(s string) (netip.AddrPort, error) {
-	host, portText, _ := strings.Cut(s, ":")
-	port, err := strconv.ParseUint(portText, 16, 16)
-	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("the address %q in /proc/net/tcp: %w", s, err)
-	}
-	var ip []byte
-	for ; len(host) >= 8; host = host[8:] {
-		word, err := strconv.ParseUint(host[:8], 16, 32)
+// readSockets reads one answer of the kernel's.
+func readSockets(fd int) ([]tcpSocket, error) {
+	var sockets []tcpSocket
+	b := make([]byte, 64<<10)
+	for {
+		n, err := unix.Read(fd, b)
 		if err != nil {
-			return netip.AddrPort{}, fmt.Errorf("the address %q in /proc/net/tcp: %w", s, err)
+			return nil, err
 		}
-		ip = binary.NativeEndian.AppendUint32(ip, uint32(word))
+		messages, err := syscall.ParseNetlinkMessage(b[:n])
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range messages {
+			switch {
+			case m.Header.Type == unix.NLMSG_DONE:
+				return sockets, nil
+			case m.Header.Type == unix.NLMSG_ERROR && len(m.Data) >= 4:
+				return nil, syscall.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
+			case len(m.Data) >= 72: // struct inet_diag_msg
+				sockets = append(sockets, tcpSocket{
+					local:  kernelAddr(m.Data[0], m.Data[8:], m.Data[4:]),
+					remote: kernelAddr(m.Data[0], m.Data[24:], m.Data[6:]),
+					inode:  binary.NativeEndian.Uint32(m.Data[68:]),
+				})
+			}
+		}
 	}
-	addr, _ := netip.AddrFromSlice(ip)
-	return netip.AddrPortFrom(addr.Unmap(), uint16(port)), nil
+}
+
+// kernelAddr reads an address of struct inet_diag_sockid.
+func kernelAddr(family uint8, ip, port []byte) netip.AddrPort {
+	addr := netip.AddrFrom4([4]byte(ip))
+	if family == unix.AF_INET6 {
+		addr = netip.AddrFrom16([16]byte(ip)).Unmap()
+	}
+	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(port))
 }
 
 // descriptors counts those that a process has open.

@@ -12,7 +12,7 @@ import (
 var errLinux = fmt.Errorf("it looks at sockets in a way that Linux alone has: %w", errors.ErrUnsupported)
 
 func listening([]int) ([]netip.AddrPort, error) { return nil, errLinux }
-func dialing(int, netip.AddrPort) (bool, error) { return false, errLinux }
+func dialing(netip.AddrPort) (bool, error)      { return false, errLinux }
 func descriptors(int) int                       { return 0 }
 func asUser(int, func() error) error            { return errLinux }
 func fill(*net.TCPListener) error               { return errLinux }

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"runtime"
@@ -155,8 +156,12 @@ func (l *loop) cut(p *pair, err error) {
 // abort has the loop look at a pair that is cut. l.mu is held.
 func (l *loop) abort(p *pair) {
 	l.cuts = append(l.cuts, p)
-	_, _ = unix.Write(l.wake, []byte{7: 1}) // one more than any number of bytes is an event
+	_, _ = unix.Write(l.wake, one[:]) // each is an event
 }
+
+// one is what abort adds to the eventfd. Nobody reads it, so that a larger number would
+// fill it some day, and then there are no more events.
+var one = func() (b [8]byte) { binary.NativeEndian.PutUint64(b[:], 1); return b }()
 
 // run runs the loop until it has no pairs any more. It begins in the goroutine of the
 // Join of its first pair, own: to start another would wake a thread for each short

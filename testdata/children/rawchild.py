@@ -76,10 +76,10 @@ async def copy(reader, writer):  # SOCKS-15: the end of one direction leaves the
         writer.transport.abort()
 
 def known(writer):  # SOCKS-17: Linux tells whose socket the other end is
-    ends = ["%08X:%04X" % (*struct.unpack("=I", socket.inet_aton(ip)), port)
-            for ip, port in map(writer.get_extra_info, ("peername", "sockname"))]
+    ends = " ".join("%08X:%04X" % (*struct.unpack("=I", socket.inet_aton(ip)), port)
+            for ip, port in map(writer.get_extra_info, ("peername", "sockname")))
     with open("/proc/net/tcp") as table:
-        return any(row[1:3] == ends and int(row[7]) == os.geteuid() for row in map(str.split, table))
+        return any(ends in line and int(line.split()[7]) == os.geteuid() for line in table)
 
 async def serve(reader, writer):
     connections.add(asyncio.current_task())
