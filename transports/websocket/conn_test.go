@@ -132,29 +132,40 @@ func TestAbort(t *testing.T) {
 	})
 }
 
-// Closing the transport, or the server, cuts and leaves nothing (goleak looks
-// for goroutines after all tests).
+// Closing the transport cuts its connections; closing the server leaves accepted ones
+// alone (LIFE-2). Nothing is left when they have ended (goleak looks after all tests).
 func TestCloseCuts(t *testing.T) {
-	for _, side := range []string{"transport", "server"} {
-		t.Run(side, func(t *testing.T) {
-			p := newPair(t, "wss")
-			a, b := p.connect(t)
-			if side == "transport" {
-				p.transport.Close()
-			} else {
-				p.listener.Close()
-				a, b = b, a
-			}
-			if _, err := a.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-				t.Errorf("this side reads %v", err)
-			}
-			if _, err := b.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-				t.Errorf("the other side reads %v", err)
-			}
-			a.Close()
-			b.Close()
-		})
+	p := newPair(t, "wss")
+	a, b := p.connect(t)
+	p.transport.Close()
+	for side, c := range map[string]ptipc.Conn{"client": a, "server": b} {
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+			t.Errorf("the %s reads %v", side, err)
+		}
+		c.Close()
 	}
+}
+
+func TestCloseOfServerLeavesConnections(t *testing.T) {
+	p := newPair(t, "wss")
+	a, b := p.connect(t)
+	p.listener.Close()
+	if _, err := p.listener.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+	for _, way := range [][2]ptipc.Conn{{a, b}, {b, a}} {
+		if _, err := io.WriteString(way[0], "word"); err != nil {
+			t.Fatal(err)
+		}
+		if err := way[0].CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(way[1]); err != nil || string(got) != "word" {
+			t.Errorf("%q %v", got, err)
+		}
+	}
+	a.Close()
+	b.Close()
 }
 
 func TestBothWaysAtOnce(t *testing.T) {

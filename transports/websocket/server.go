@@ -167,7 +167,6 @@ func (s *server) start(secure *tls.Config, env ptipc.Env) {
 		l = tls.NewListener(l, secure)
 	}
 	go func() {
-		defer close(s.ended)
 		err := s.http.Serve(l)
 		select {
 		case <-s.done: // Close has ended it
@@ -176,9 +175,9 @@ func (s *server) start(secure *tls.Config, env ptipc.Env) {
 		}
 		s.stop()
 		cancel()
-		for _, c := range s.meter.Conns() {
-			_ = c.Abort() // cuts, and counts as closed
-		}
+		close(s.ended)
+		// What was handed over lives on (LIFE-2), with what it does in the background.
+		_ = s.meter.Drain(context.Background())
 		s.group.close()
 		leaveSite()
 	}()
@@ -267,6 +266,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		s.log.Warn("a connection was not accepted in time", "remote", c.RemoteAddr())
 		c.refuse()
 	case <-s.done:
+		_ = relay.Abort(c) // nobody will accept it
 	}
 }
 
@@ -363,7 +363,7 @@ func (s *server) Wait() error {
 	return s.err
 }
 
-// Close stops listening and cuts what is open. Nothing is left when it returns.
+// Close stops listening. Connections that were accepted live on.
 func (s *server) Close() error {
 	s.stop()
 	<-s.ended
