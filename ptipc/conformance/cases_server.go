@@ -397,9 +397,8 @@ func (d *delivery) handshake() map[string]any {
 	} else {
 		// No more is read than the object, so that nothing of the request is lost.
 		_ = d.conn.SetReadDeadline(time.Now().Add(d.t.suite.patience))
-		text = first
-		for b := first; !json.Valid(text) && len(text) < 4096; text = append(text, b...) {
-			b = make([]byte, 1)
+		b := make([]byte, 1)
+		for text = first; !json.Valid(text) && len(text) < 4096; text = append(text, b...) {
 			if _, err := d.conn.Read(b); err != nil {
 				d.t.fell("settings that are one JSON object", "%q and then: %v", text, err)
 			}
