@@ -40,7 +40,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,11 +73,6 @@ func Main(t Transport) { MainArgs(os.Args[1:], t) }
 // MainArgs is Main for an executable that has arguments of its own before those of
 // ARG-1.
 func MainArgs(args []string, t Transport) {
-	if runtime.GOOS == "linux" {
-		// A relay loop that sleeps keeps its processor for a while. One more leaves the rest
-		// of the process as many as the machine has.
-		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
-	}
 	// A host that dies closes our output; the end of input tells us, a signal would kill.
 	signal.Ignore(syscall.SIGPIPE)
 	signals := make(chan os.Signal, 2)
