@@ -275,3 +275,26 @@ func TestLoopOutlivesItsFirstPair(t *testing.T) {
 		}
 	}
 }
+
+// A loop learns of every cut, however many there have been in its life: one pair keeps
+// it alive while others come and are cut one after the other, with no other event.
+func TestLoopNeverLosesACut(t *testing.T) {
+	const cuts = 600
+	anchors := make([]*joined, len(loops))
+	for i := range anchors {
+		anchors[i] = startJoin(t, "unix", "unix")
+	}
+	for range cuts {
+		j := startJoin(t, "unix", "unix")
+		mustWrite(t, j.left, "ping")
+		mustRead(t, j.right, "ping")
+		j.cancel(nil)
+		if err := j.wait(); err == nil {
+			t.Fatal("a cut Join ended as if it were whole")
+		}
+	}
+	for _, anchor := range anchors {
+		mustWrite(t, anchor.left, "ping")
+		mustRead(t, anchor.right, "ping")
+	}
+}
