@@ -106,7 +106,8 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 			c.trace(false, []byte(`{"config":"***","host":"***"}`))
 		}
 		// ARG-7: WriteLine queues and never waits for the child.
-		if err := c.proc.WriteLine(firstLine); err != nil {
+		// A child that has ended already tells more by its end.
+		if err := c.proc.WriteLine(firstLine); err != nil && !errors.Is(err, proc.ErrStdinClosed) {
 			c.fail(err)
 		}
 	}
