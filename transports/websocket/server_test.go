@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -179,6 +180,9 @@ func TestGarbage(t *testing.T) {
 				}
 				c.Close()
 				p.listener.Close()
+				for p.listener.Stats().Failed == 0 { // net/http may still be closing it
+					runtime.Gosched()
+				}
 				if s := p.listener.Stats(); s.Failed != 1 || s.Opened != 0 {
 					t.Errorf("Stats() = %+v, want one that failed", s)
 				}
