@@ -3,6 +3,7 @@ package child
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"pthost/ptipc/relay"
 	"pthost/ptipc/stdio"
 	"pthost/socks"
+	"pthost/turn"
 )
 
 // client is a child in the role client.
@@ -22,6 +24,7 @@ type client struct {
 	factory   ptipc.TransportFactory
 	transport *ptipc.Transport
 	servers   []*socks.Server
+	packets   []*turn.Server
 	dirs      []*localnet.Dir
 	serving   sync.WaitGroup
 
@@ -37,12 +40,18 @@ func (c *client) open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) e
 		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 	}
 	c.transport = transport
-	if len(transport.Connections) == 0 {
+	if len(transport.Connections)+len(transport.Packets) == 0 {
 		err = errors.New("the transport offers no connection factory")
 		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 	}
 	for i, name := range slices.Sorted(maps.Keys(transport.Connections)) {
 		if err := c.announce(i, name, transport.Connections[name]); err != nil {
+			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
+		}
+	}
+	credentials := turn.NewCredentials() // PKT-4
+	for _, name := range slices.Sorted(maps.Keys(transport.Packets)) {
+		if err := c.announcePackets(name, transport.Packets[name], credentials); err != nil {
 			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 		}
 	}
@@ -102,6 +111,39 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 	return c.out.Send(stdio.CMethod{Name: name, Protocol: stdio.ProtocolSOCKS5, Addr: addr, Args: args})
 }
 
+// announcePackets serves one packet factory over TURN and writes its CMETHOD line
+// (PKT-3). An allocation is a socket of the factory, and gives it back (PKT-7).
+func (c *client) announcePackets(name string, factory ptipc.PacketFactory, credentials turn.Credentials) error {
+	conn, err := localnet.ListenUDP("127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	server := &turn.Server{Credentials: credentials, Packets: factory, Log: c.logger()}
+	local, uids := conn.LocalAddr().(*net.UDPAddr).AddrPort(), c.uids()
+	if localnet.Supported("udp") {
+		server.Allow = func(client net.Addr) error { // PKT-5
+			cred, err := localnet.UDPPeer(local, client.(*net.UDPAddr).AddrPort())
+			if err == nil && !slices.Contains(uids, cred.UID) {
+				err = fmt.Errorf("uid %d is not let in", cred.UID)
+			}
+			return err
+		}
+	}
+	c.packets = append(c.packets, server)
+	c.serving.Go(func() {
+		if err := server.Serve(conn); err != nil && !errors.Is(err, net.ErrClosed) {
+			c.logger().Error("a packet factory has failed", "factory", name, "err", err)
+		}
+	})
+	return c.out.Send(stdio.CMethod{
+		Name: name, Protocol: stdio.ProtocolTURN, Addr: local.String(), Args: stdio.Args{
+			{Key: stdio.ArgUsername, Value: credentials.Username},
+			{Key: stdio.ArgPassword, Value: credentials.Password},
+			{Key: stdio.ArgRealm, Value: credentials.Realm},
+		},
+	})
+}
+
 // track keeps a connection under its client's name until it is closed.
 func (c *client) track(client string, conn ptipc.Conn) net.Conn {
 	if client == "" {
@@ -131,6 +173,16 @@ func (c *client) drain(ctx context.Context) {
 		})
 	}
 	shut.Wait()
+	// Datagrams have no end that could be waited for: they go on for as long as streams do.
+	c.closePackets()
+}
+
+func (c *client) closePackets() {
+	for _, server := range c.packets {
+		if err := server.Close(); err != nil {
+			c.logger().Error("a packet factory did not close", "err", err)
+		}
+	}
 }
 
 func (c *client) close() {
@@ -139,6 +191,7 @@ func (c *client) close() {
 	for _, server := range c.servers {
 		_ = server.Shutdown(cut) // what is left is to be cut
 	}
+	c.closePackets()
 	c.serving.Wait()
 	if c.transport != nil {
 		if err := c.transport.Close(); err != nil {

@@ -19,6 +19,7 @@ import (
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/proc"
 	"pthost/ptipc/stdio"
+	"pthost/turn"
 )
 
 const (
@@ -40,6 +41,7 @@ type method struct {
 	bound bool
 	proxy bool // a server that connects its clients itself (SRV-2)
 	stats bool
+	turn  *turn.Credentials // of a packet factory; nil for streams
 }
 
 // child is one process, from its start to its end.
@@ -247,6 +249,15 @@ func (c *child) checkSockets(ctx context.Context) error {
 		return ended
 	}
 	for name, m := range c.methods {
+		if m.turn != nil {
+			if err := checkPackets(m, pids); err != nil {
+				if c.gone(ctx) {
+					return ended
+				}
+				return fmt.Errorf("%w: %s was announced at %s: %w (PKT-5)", errAnnounced, name, m.addr, err)
+			}
+			continue
+		}
 		conn, err := connect(ctx, c.dir, m.addr)
 		switch {
 		case err == nil:
@@ -368,7 +379,9 @@ func (c *child) announcement(message stdio.Message) {
 		c.addErr(fmt.Errorf("the child cannot use the upstream proxy: %s: %w", m.Text, ptipc.ExitUnavailable))
 		c.settle()
 	case stdio.CMethod:
-		if c.role == roleClient {
+		if c.role == roleClient && m.Protocol == stdio.ProtocolTURN {
+			c.add("CMETHOD "+m.Name, packetKey(m.Name), func() (method, error) { return packetsOf(m) })
+		} else if c.role == roleClient {
 			c.add("CMETHOD "+m.Name, m.Name, func() (method, error) { return factoryOf(m) })
 		}
 	case stdio.SMethod:
@@ -413,7 +426,7 @@ func (c *child) add(what, name string, read func() (method, error)) {
 // factoryOf checks the announcement of a connection factory.
 func factoryOf(m stdio.CMethod) (method, error) {
 	if m.Protocol != stdio.ProtocolSOCKS5 {
-		return method{}, fmt.Errorf("has the protocol %q; socks5 is the one that is known (LINE-4)", m.Protocol)
+		return method{}, fmt.Errorf("has the protocol %q; socks5 and turn are those that are known (LINE-4)", m.Protocol)
 	}
 	addr, err := localnet.ParseAddr(m.Addr)
 	if err != nil {

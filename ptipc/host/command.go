@@ -141,6 +141,8 @@ func (c *Command) check(env ptipc.Env) error {
 		return usage("Path is empty; name an executable")
 	case c.Restart.Min < 0, c.Restart.Max < 0, c.Restart.GiveUpAfter < 0:
 		return usage("a wait or a number of Restart is less than 0; 0 takes the default")
+	case c.Proxy == "" && env.DialOut == nil && env.PacketsOut != nil:
+		return usage("a child cannot be given Env.PacketsOut; its datagrams would go around it (PROXY-4)")
 	case c.Proxy == "" && env.DialOut == nil:
 		return nil
 	case c.Proxy != "" && env.DialOut != nil:

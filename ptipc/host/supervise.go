@@ -318,6 +318,20 @@ func (s *supervisor) transport(methods map[string]method) *ptipc.Transport {
 		},
 	}
 	for name, m := range methods {
+		if m.turn != nil {
+			if t.Packets == nil {
+				t.Packets = map[string]ptipc.PacketFactory{}
+			}
+			name = packetName(name)
+			t.Packets[name] = s.meter.Packets(func(ctx context.Context) (net.PacketConn, error) {
+				conn, err := s.openPackets(ctx, name)
+				if err != nil {
+					return nil, fmt.Errorf("transport %s: %s: %w", s.command.name(), name, err)
+				}
+				return conn, nil
+			})
+			continue
+		}
 		t.Connections[name] = s.meter.Factory(m.bound, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
 			conn, err := s.dial(ctx, name, settings, dest)
 			if err != nil {
