@@ -338,31 +338,22 @@ func (c *Conn) fail(reason error) {
 	c.mu.Unlock()
 }
 
-// deliver takes a packet from the session's reading goroutine.
-func (c *Conn) deliver(p *packet) {
-	payload, from := p.data, (*net.UDPAddr)(nil)
-	if p.out != nil { // a Data indication
-		p.out = nil
-		c.mu.RLock()
-		if known := c.peers[p.from]; known != nil {
-			from = known.addr
-		} else if c.ips[p.from.Addr()] > 0 {
-			from = net.UDPAddrFromAddrPort(p.from)
-		}
-		c.mu.RUnlock()
-	} else {
-		number, inside, ok := parseChannelData(p.data)
-		if !ok {
-			c.count.malformed.Add(1)
-			return
-		}
-		payload = inside
-		c.mu.RLock()
-		if known := c.numbers[number]; known != nil {
-			from = known.addr
-		}
-		c.mu.RUnlock()
+// deliver takes a payload from the session's reading goroutine. It has to be from who the
+// application has sent to, or from another port there (TURN-4).
+func (c *Conn) deliver(channel uint16, sender netip.AddrPort, payload []byte) {
+	var from *net.UDPAddr
+	c.mu.RLock()
+	known := c.numbers[channel]
+	if channel == 0 {
+		known = c.peers[sender]
 	}
+	switch {
+	case known != nil:
+		from = known.addr
+	case channel == 0 && c.ips[sender.Addr()] > 0:
+		from = net.UDPAddrFromAddrPort(sender)
+	}
+	c.mu.RUnlock()
 	switch {
 	case from == nil:
 		c.count.unexpected.Add(1)

@@ -84,9 +84,12 @@ func (c sessionConn) SetDeadline(time.Time) error            { return errors.Err
 func (c sessionConn) SetReadDeadline(time.Time) error        { return errors.ErrUnsupported }
 func (c sessionConn) SetWriteDeadline(time.Time) error       { return errors.ErrUnsupported }
 
-// newSession gets an allocation. deliver is called for each payload of a peer, in one
-// goroutine, with a batch that it must not keep.
-func newSession(ctx context.Context, sock socket, server netip.AddrPort, to *endpoint, creds Credentials, count *counters, log *slog.Logger, deliver func(*packet)) (*session, error) {
+// A deliverFunc gets each payload of a peer, with its channel, or with its address if the
+// channel is 0. It is called from one goroutine, and must not keep the payload.
+type deliverFunc func(channel uint16, peer netip.AddrPort, payload []byte)
+
+// newSession gets an allocation.
+func newSession(ctx context.Context, sock socket, server netip.AddrPort, to *endpoint, creds Credentials, count *counters, log *slog.Logger, deliver deliverFunc) (*session, error) {
 	s := &session{sock: sock, server: server, to: to, creds: creds, key: creds.key(), count: count, over: make(chan struct{})}
 	client, err := pion.NewClient(&pion.ClientConfig{Conn: sessionConn{s}, Net: noNet{}, LoggerFactory: pionLog{log}})
 	if err != nil {
@@ -153,7 +156,7 @@ func (s *session) send(b []byte) bool {
 }
 
 // receive reads until the session has ended.
-func (s *session) receive(deliver func(*packet)) {
+func (s *session) receive(deliver deliverFunc) {
 	var m message
 	for failures := 0; ; {
 		b, err := s.sock.receive()
@@ -181,14 +184,18 @@ func (s *session) receive(deliver func(*packet)) {
 }
 
 // take looks at one datagram (TURN-2 to TURN-4).
-func (s *session) take(p *packet, m *message, deliver func(*packet)) {
+func (s *session) take(p *packet, m *message, deliver deliverFunc) {
 	switch {
 	case p.from.IsValid() && p.from != s.server:
 		s.count.stranger.Add(1)
 	case p.cut:
 		s.count.tooLarge.Add(1)
 	case len(p.data) > 0 && p.data[0]&0xC0 == 0x40:
-		deliver(p)
+		if channel, payload, ok := parseChannelData(p.data); ok {
+			deliver(channel, netip.AddrPort{}, payload)
+		} else {
+			s.count.malformed.Add(1)
+		}
 	case m.parse(p.data) != nil:
 		s.count.malformed.Add(1)
 	case m.class == stun.ClassIndication:
@@ -198,9 +205,7 @@ func (s *session) take(p *packet, m *message, deliver func(*packet)) {
 		case m.invalid || len(m.unknown) > 0 || m.has&hasData == 0 || len(m.peers) != 1:
 			s.count.malformed.Add(1)
 		default:
-			p.from, p.data = m.peers[0], m.data
-			p.out = m.data // says that there is no ChannelData around it
-			deliver(p)
+			deliver(0, m.peers[0], m.data)
 		}
 	case m.class == stun.ClassRequest:
 		s.count.unexpected.Add(1)
