@@ -166,7 +166,7 @@ func BenchmarkHandshake(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		h := newHandshake(&script{in: in, piece: 1 << 20})
-		if _, err := h.read(false, false); err != nil {
+		if _, err := h.read(false, false, false); err != nil {
 			b.Fatal(err)
 		}
 		h.release()

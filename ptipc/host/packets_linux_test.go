@@ -230,6 +230,7 @@ func TestManyPackets(t *testing.T) {
 				t.Error(err)
 			}
 		}
+		defer func() { t.Log(descriptors(t, pid), inChild) }()
 		eventually(t, "the child gives the sockets back", func() bool { return descriptors(t, pid) <= inChild })
 		eventually(t, "the host gives the sockets back", func() bool { return descriptors(t, "self") <= inHost })
 	}
