@@ -110,7 +110,9 @@ func openUDP(ctx context.Context, server netip.AddrPort) (socket, *endpoint, err
 	if err != nil {
 		return nil, nil, ptipc.Classify(fmt.Errorf("turn: %w", err))
 	}
-	return newSocket(c.(*net.UDPConn), true), nil, nil
+	udp := c.(*net.UDPConn)
+	growBuffers(udp)
+	return newSocket(udp, true), nil, nil
 }
 
 func dial(ctx context.Context, server netip.AddrPort, credentials Credentials, open func(context.Context, netip.AddrPort) (socket, *endpoint, error), options ...Option) (*Conn, error) {
@@ -364,11 +366,13 @@ func (c *Conn) deliver(channel uint16, sender netip.AddrPort, payload []byte) {
 	}
 	in := inbound{buffer: buffers.Get().(*buffer), from: from}
 	in.n = copy(in.buffer[:], payload)
+	c.count.receivedPackets.Add(1) // before somebody can read it
+	c.count.receivedBytes.Add(uint64(len(payload)))
 	select {
 	case c.inbox <- in:
-		c.count.receivedPackets.Add(1)
-		c.count.receivedBytes.Add(uint64(in.n))
 	default:
+		c.count.receivedPackets.Add(^uint64(0))
+		c.count.receivedBytes.Add(-uint64(len(payload)))
 		buffers.Put(in.buffer)
 		c.count.full.Add(1)
 	}
@@ -516,7 +520,8 @@ func (c *Conn) meet(to netip.AddrPort) (*peer, error) {
 	return nil, fmt.Errorf("more than %d peers in %s: %w", lastNumber-firstNumber+1, numberPause, syscall.ENOBUFS)
 }
 
-// Close gives the allocation back. Pending reads and writes end with net.ErrClosed.
+// Close gives the allocation back, which takes up to a second if the server does not
+// answer. Pending reads and writes end with net.ErrClosed.
 func (c *Conn) Close() error {
 	c.mu.Lock()
 	if c.life.Err() != nil {

@@ -111,6 +111,7 @@ func (s *Server) start(conns []net.PacketConn) (pion.ServerConfig, chan error, e
 	}
 	done := make(chan error, len(conns))
 	for _, c := range conns {
+		growBuffers(c)
 		g := newGuard(s, newSocket(c, false), key, done)
 		s.guards = append(s.guards, g)
 		config.PacketConnConfigs = append(config.PacketConnConfigs, pion.PacketConnConfig{PacketConn: g, RelayAddressGenerator: g})

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -55,6 +56,8 @@ type session struct {
 	relayed netip.AddrPort
 	life    time.Duration // of the allocation, as the server said last; for one goroutine
 	over    chan struct{} // closed with reason set
+
+	releasing atomic.Bool
 
 	mu     sync.Mutex
 	nonce  []byte
@@ -256,12 +259,16 @@ func (s *session) bind(number uint16, peer netip.AddrPort) error {
 	return err
 }
 
-// release gives the allocation back, without waiting for the answer.
+// release gives the allocation back and ends the session. Like any request it is sent
+// again if it is lost, but not for long.
 func (s *session) release() {
-	m, err := s.build(stun.MethodRefresh, s.lastNonce(), uint32Attribute(stun.AttrLifetime, 0))
-	if err == nil && !s.ended() {
-		s.send(m.Raw)
+	if s.releasing.Swap(true) {
+		<-s.over
+		return
 	}
+	timer := time.AfterFunc(releaseTimeout, func() { s.end(net.ErrClosed) })
+	defer timer.Stop()
+	_, _ = s.ask(stun.MethodRefresh, uint32Attribute(stun.AttrLifetime, 0))
 	s.end(net.ErrClosed)
 }
 
@@ -333,6 +340,9 @@ func classOf(code int) ptipc.Class {
 	}
 	return ptipc.ErrGeneral
 }
+
+// releaseTimeout is how long a Close can take when the server does not answer.
+const releaseTimeout = time.Second
 
 // patience is how many times pion sends a request seven times, 8 seconds in all. An
 // allocation can take its transport a while.

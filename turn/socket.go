@@ -104,6 +104,14 @@ func newSocket(c net.PacketConn, connected bool) socket {
 	return &plainSocket{PacketConn: c, connected: connected}
 }
 
+// growBuffers asks for room for bursts; the system gives what it allows.
+func growBuffers(c net.PacketConn) {
+	if udp, ok := c.(*net.UDPConn); ok {
+		_ = udp.SetReadBuffer(1 << 20)
+		_ = udp.SetWriteBuffer(1 << 20)
+	}
+}
+
 // A plainSocket is any net.PacketConn, one datagram at a time.
 type plainSocket struct {
 	net.PacketConn
