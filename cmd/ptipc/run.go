@@ -324,7 +324,7 @@ func (r *runner) startPackets(f config.Front) error {
 	running := &runningFront{Front: f, server: server, listener: packetFront{conn}, ended: make(chan error, 1)}
 	r.fronts = append(r.fronts, running)
 	go func() { running.ended <- server.Serve(conn) }()
-	fmt.Fprintf(r.out, "front %s: datagrams on %s to %s, through %s of %s\n", f.Listen, conn.LocalAddr(), to, name, f.Transport)
+	fmt.Fprintf(r.out, "front %s: datagrams to %s on %s, through %s of %s\n", f.Listen, to, conn.LocalAddr(), name, f.Transport)
 	return nil
 }
 

@@ -161,7 +161,13 @@ func TestAssociate(t *testing.T) {
 		fragment, reserved, port0 := bytes.Clone(last), bytes.Clone(last), bytes.Clone(last)
 		fragment[2], reserved[0], port0[20], port0[21] = 1, 1, 0, 0
 		for _, bad := range [][]byte{
-			fragment, reserved, port0, {}, {0}, {0, 0, 0}, {0, 0, 0, 1}, {0, 0, 0, 4, 1, 2, 3}, {0, 0, 0, 9, 1, 2, 3, 4, 5, 6},
+			fragment, reserved, port0,
+			{},
+			{0},
+			{0, 0, 0},
+			{0, 0, 0, 1},
+			{0, 0, 0, 4, 1, 2, 3},
+			{0, 0, 0, 9, 1, 2, 3, 4, 5, 6},
 			append([]byte{0, 0, 0, 3, 9}, "localhost\x00\x35word"...), append([]byte{0, 0, 0, 1, 0, 0, 0, 0, 0, 53}, "word"...),
 		} {
 			ask(client, bad)
@@ -251,7 +257,10 @@ func TestAssociateReplies(t *testing.T) {
 // and what was taken away can be put back.
 func FuzzParsePacket(f *testing.F) {
 	for _, seed := range [][]byte{
-		{0, 0, 0, 1, 192, 0, 2, 1, 0, 53, 'x'}, {0, 0, 0, 3, 1, 'a', 0, 53}, {0, 0, 1, 1, 192, 0, 2, 1, 0, 53}, {},
+		{0, 0, 0, 1, 192, 0, 2, 1, 0, 53, 'x'},
+		{0, 0, 0, 3, 1, 'a', 0, 53},
+		{0, 0, 1, 1, 192, 0, 2, 1, 0, 53},
+		{},
 		{0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1, 0, 53},
 		{0, 0, 0, 4, 0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 53, 'x'},
 	} {

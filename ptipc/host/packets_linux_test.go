@@ -36,9 +36,9 @@ func udpServer(t *testing.T, addr string) *net.UDPAddr {
 	return conn.LocalAddr().(*net.UDPAddr)
 }
 
-func openPackets(t *testing.T, transport *ptipc.Transport, name string) net.PacketConn {
+func openPackets(t *testing.T, transport *ptipc.Transport) net.PacketConn {
 	t.Helper()
-	conn, err := transport.Packets[name](within(t))
+	conn, err := transport.Packets["direct"](within(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +87,7 @@ func TestPackets(t *testing.T) {
 		traced = append(traced, string(line))
 	}
 	transport := open(t, c, `{}`, ptipc.Env{Log: log.logger()})
-	conn := openPackets(t, transport, "direct")
+	conn := openPackets(t, transport)
 	for _, addr := range []string{"127.0.0.1:0", "[::1]:0"} {
 		to := udpServer(t, addr)
 		for _, size := range []int{0, 1, 1200, 1500} {
@@ -148,7 +148,7 @@ func TestPacketsThroughRestart(t *testing.T) {
 	c := self("direct")
 	events := record(c)
 	transport := open(t, c, `{}`, ptipc.Env{})
-	conn, to := openPackets(t, transport, "direct"), udpServer(t, "127.0.0.1:0")
+	conn, to := openPackets(t, transport), udpServer(t, "127.0.0.1:0")
 	talkPackets(t, conn, to, []byte("before"))
 	flow, cancel := context.WithCancel(t.Context())
 	var flowing sync.WaitGroup
@@ -170,7 +170,7 @@ func TestPacketsThroughRestart(t *testing.T) {
 		kill(t, last(events.until(t, Ready)).Pid)
 		talkPackets(t, conn, to, fmt.Appendf(nil, "after %d", i))
 	}
-	talkPackets(t, openPackets(t, transport, "direct"), to, []byte("a new one"))
+	talkPackets(t, openPackets(t, transport), to, []byte("a new one"))
 }
 
 // What ends with the child for good says so.
@@ -179,7 +179,7 @@ func TestPacketsWithoutRestart(t *testing.T) {
 	c.Restart.Never = true
 	events := record(c)
 	transport := open(t, c, `{}`, ptipc.Env{})
-	conn, to := openPackets(t, transport, "direct"), udpServer(t, "127.0.0.1:0")
+	conn, to := openPackets(t, transport), udpServer(t, "127.0.0.1:0")
 	talkPackets(t, conn, to, []byte("before"))
 	kill(t, last(events.until(t, Ready)).Pid)
 	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
@@ -200,7 +200,7 @@ func TestManyPackets(t *testing.T) {
 	transport := open(t, c, `{}`, ptipc.Env{})
 	pid := fmt.Sprint(last(events.until(t, Ready)).Pid)
 	to := udpServer(t, "127.0.0.1:0")
-	talkPackets(t, openPackets(t, transport, "direct"), to, []byte("first"))
+	talkPackets(t, openPackets(t, transport), to, []byte("first"))
 	inChild, inHost := descriptors(t, pid), descriptors(t, "self")
 	for range 2 {
 		conns := make([]net.PacketConn, sockets)
@@ -230,7 +230,6 @@ func TestManyPackets(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		defer func() { t.Log(descriptors(t, pid), inChild) }()
 		eventually(t, "the child gives the sockets back", func() bool { return descriptors(t, pid) <= inChild })
 		eventually(t, "the host gives the sockets back", func() bool { return descriptors(t, "self") <= inHost })
 	}

@@ -16,11 +16,21 @@ import (
 
 	"pthost/ptipc"
 	"pthost/ptipc/relay"
+	"pthost/transports/endpoint"
 )
 
-// Open is a [ptipc.TransportFactory]. Neither configuration nor settings have keys.
-func Open(_ context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
-	if err := config.Decode(&struct{}{}); err != nil {
+// config is the configuration of the transport.
+type config struct {
+	// Listen is the address of sockets for datagrams, mostly with port 0. Without it
+	// they have every address of the machine, and no peer can be told which.
+	Listen endpoint.Address `json:"listen,omitempty"`
+}
+
+// Open is a [ptipc.TransportFactory]. The configuration is empty, or {"listen":"IP:0"}
+// for datagrams that come from one address of the machine; settings have no keys.
+func Open(_ context.Context, opaque ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
+	var c config
+	if err := opaque.Decode(&c); err != nil {
 		return nil, err
 	}
 	var meter relay.Meter
@@ -35,7 +45,7 @@ func Open(_ context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transpo
 	// PROXY-4: streams still have their way where datagrams have none.
 	if env.CheckPackets() == nil {
 		transport.Packets = map[string]ptipc.PacketFactory{
-			"direct": meter.Packets(func(ctx context.Context) (net.PacketConn, error) { return env.ListenPacket(ctx, "") }),
+			"direct": meter.Packets(func(ctx context.Context) (net.PacketConn, error) { return env.ListenPacket(ctx, string(c.Listen)) }),
 		}
 	}
 	return transport, nil
