@@ -82,7 +82,7 @@ func (a *allocation) relaySocket() socket {
 	return a.relay
 }
 
-// run opens the packet connection, answers the client, and relays what peers send.
+// run opens the packet connection, answers the client (TURN-10), and relays what peers send.
 func (a *allocation) run(lifetime time.Duration) {
 	defer a.guard.server.unreserve()
 	s := a.guard.server
@@ -149,11 +149,11 @@ func (a *allocation) open() (socket, error) {
 	case conn == nil:
 		return nil, errors.New("turn: Packets returned neither a packet connection nor an error")
 	default:
-		return newSocket(conn, false), nil
+		return newRelaySocket(conn, &a.guard.server.count), nil
 	}
 }
 
-// relayedAddr is what a client is told. A transport need not have an address.
+// relayedAddr is what a client is told (TURN-11). A transport need not have an address.
 func relayedAddr(addr net.Addr) netip.AddrPort {
 	if udp, ok := addr.(*net.UDPAddr); ok && udp != nil {
 		if a := plainAddr(udp.AddrPort()); a.IsValid() {
@@ -318,8 +318,11 @@ func send(sock socket, b *batch, count *counters, packets, bytes *atomic.Uint64)
 	for _, p := range b.sends {
 		size += p.payload
 	}
-	failed, lost, _ := sock.send(b)
-	if failed > 0 {
+	failed, lost, err := sock.send(b)
+	switch {
+	case errors.Is(err, errFull):
+		count.full.Add(uint64(failed))
+	case failed > 0:
 		count.failed.Add(uint64(failed))
 	}
 	packets.Add(uint64(n - failed))

@@ -287,7 +287,7 @@ func TestManyPeers(t *testing.T) {
 	})
 }
 
-// TURN-9: there are only so many allocations, and one that ends makes room.
+// TURN-9, TURN-17: there are only so many allocations, and one that is closed makes room.
 func TestQuota(t *testing.T) {
 	s := &Server{MaxAllocations: 2}
 	addr := startServer(t, s)
@@ -695,4 +695,73 @@ func TestRedialRestoresChannels(t *testing.T) {
 			t.Errorf("%q %v", buf[:k], err)
 		}
 	})
+}
+
+// TURN-5: a packet connection that blocks keeps nobody else waiting.
+func TestSlowPacketConn(t *testing.T) {
+	release := make(chan struct{})
+	first := true
+	s := &Server{Packets: func(ctx context.Context) (net.PacketConn, error) {
+		c, err := directPackets(ctx)
+		if err == nil && first {
+			first, c = false, blockedConn{c, release}
+		}
+		return c, err
+	}}
+	addr := startServer(t, s)
+	slow, fast := mustDial(t, addr, s.Credentials), mustDial(t, addr, s.Credentials)
+	peer := listenUDP(t, "127.0.0.1")
+	if _, err := slow.WriteTo([]byte("slow 0"), peer.LocalAddr()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the channel is bound", func() bool { return slow.Stats().SentPackets == 1 })
+	for i := range 2 * relayQueue {
+		if _, err := slow.WriteTo(fmt.Append(nil, "slow ", i+1), peer.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := fast.WriteTo([]byte("fast"), peer.LocalAddr()); err != nil {
+		t.Fatal(err)
+	}
+	deadlineIn(t, peer, 10*time.Second)
+	buf := make([]byte, 100)
+	if n, _, err := peer.ReadFrom(buf); err != nil || string(buf[:n]) != "fast" {
+		t.Errorf("%q %v", buf[:n], err)
+	}
+	eventually(t, "what did not fit was counted", func() bool { return s.Stats().Dropped.Full >= relayQueue })
+	close(release)
+	if n, _, err := peer.ReadFrom(buf); err != nil || string(buf[:n]) != "slow 0" {
+		t.Errorf("%q %v", buf[:n], err)
+	}
+}
+
+type blockedConn struct {
+	net.PacketConn
+	release chan struct{}
+}
+
+func (c blockedConn) WriteTo(b []byte, addr net.Addr) (int, error) {
+	<-c.release
+	return c.PacketConn.WriteTo(b, addr)
+}
+
+// TURN-11: what a client is told of the packet connection's address.
+func TestRelayedAddress(t *testing.T) {
+	for _, test := range []struct {
+		addr net.Addr
+		want string
+	}{
+		{&net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7}, "192.0.2.1:7"},
+		{&net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 7}, "[2001:db8::1]:7"},
+		{&net.UDPAddr{IP: net.ParseIP("fe80::1"), Zone: "eth0", Port: 7}, "[fe80::1]:7"},
+		{&net.UDPAddr{IP: net.IPv6zero, Port: 7}, "0.0.0.0:7"},
+		{&net.UDPAddr{Port: 7}, "0.0.0.0:0"},
+		{(*net.UDPAddr)(nil), "0.0.0.0:0"},
+		{&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7}, "0.0.0.0:0"},
+		{nil, "0.0.0.0:0"},
+	} {
+		if got := relayedAddr(test.addr).String(); got != test.want {
+			t.Errorf("%v: %s, want %s", test.addr, got, test.want)
+		}
+	}
 }

@@ -13,8 +13,8 @@ import (
 const (
 	defaultLifetime    = 10 * time.Minute        // RFC 5766, section 2.2
 	maxLifetime        = time.Hour - time.Second // pion takes an hour for no lifetime at all
-	permissionLifetime = 5 * time.Minute         // RFC 5766, section 8
-	channelLifetime    = 10 * time.Minute        // RFC 5766, section 11
+	permissionLifetime = 5 * time.Minute         // RFC 5766, section 8; TURN-8
+	channelLifetime    = 10 * time.Minute        // RFC 5766, section 11; TURN-8
 
 	openTimeout = 30 * time.Second // for Server.Packets
 
@@ -240,8 +240,11 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 	g.request = request{method: m.method, id: m.id, client: from, alloc: a}
 	switch m.method {
 	case stun.MethodBinding:
-		if m.invalid || len(m.unknown) > 0 {
+		switch {
+		case len(m.unknown) > 0:
 			return g.refuse(stun.CodeUnknownAttribute)
+		case m.invalid:
+			return g.refuse(stun.CodeBadRequest)
 		}
 		return g.hand(b, stun.MethodBinding, false)
 	case stun.MethodAllocate, stun.MethodRefresh, stun.MethodCreatePermission, stun.MethodChannelBind:
@@ -330,7 +333,8 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 	}
 }
 
-// lifetime is what a client gets that asks for what the message says (RFC 5766, section 6.2).
+// lifetime is what a client gets that asks for what the message says (TURN-7; RFC 5766,
+// section 6.2).
 func (g *guard) lifetime() time.Duration {
 	m := &g.msg
 	wanted := time.Duration(m.lifetime) * time.Second

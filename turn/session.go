@@ -259,7 +259,7 @@ func (s *session) bind(number uint16, peer netip.AddrPort) error {
 	return err
 }
 
-// release gives the allocation back and ends the session. Like any request it is sent
+// release gives the allocation back (TURN-17) and ends the session. Like any request it is sent
 // again if it is lost, but not for long.
 func (s *session) release() {
 	if s.releasing.Swap(true) {

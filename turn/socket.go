@@ -172,3 +172,70 @@ func (s *plainSocket) write(b []byte, to *endpoint) (err error) {
 func closed(err error) bool {
 	return errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrClosedPipe)
 }
+
+// newRelaySocket is for a transport's packet connection. One that is slow to write must
+// not keep the others waiting (TURN-5): packets for it are queued.
+func newRelaySocket(c net.PacketConn, count *counters) socket {
+	s := newSocket(c, false)
+	plain, ok := s.(*plainSocket)
+	if !ok {
+		return s
+	}
+	q := &queuedSocket{plainSocket: plain, count: count, queue: make(chan outbound, relayQueue), closed: make(chan struct{})}
+	go q.run()
+	return q
+}
+
+// relayQueue is how many packets wait for a transport that is slow.
+const relayQueue = 256
+
+type outbound struct {
+	buffer *buffer
+	n      int
+	to     *endpoint
+}
+
+// A queuedSocket sends in a goroutine of its own.
+type queuedSocket struct {
+	*plainSocket
+	count  *counters
+	queue  chan outbound
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (s *queuedSocket) send(b *batch) (failed, lost int, err error) {
+	for _, p := range b.sends {
+		o := outbound{buffer: buffers.Get().(*buffer), n: len(p.out), to: p.to}
+		copy(o.buffer[:], p.out)
+		select {
+		case s.queue <- o:
+		default:
+			buffers.Put(o.buffer)
+			failed, lost, err = failed+1, lost+p.payload, errFull
+		}
+	}
+	b.sends = b.sends[:0]
+	return failed, lost, err
+}
+
+func (s *queuedSocket) run() {
+	for {
+		select {
+		case o := <-s.queue:
+			if s.write(o.buffer[:o.n], o.to) != nil {
+				s.count.failed.Add(1)
+			}
+			buffers.Put(o.buffer)
+		case <-s.closed:
+			return
+		}
+	}
+}
+
+func (s *queuedSocket) Close() error {
+	s.once.Do(func() { close(s.closed) })
+	return s.plainSocket.Close()
+}
+
+var errFull = errors.New("turn: no room in the queue")

@@ -76,7 +76,7 @@ func (s *batchSystem) init(b *batch) {
 	s.doSend = func(fd uintptr) bool {
 		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.sends[s.at])), uintptr(s.until-s.at), unix.MSG_DONTWAIT, 0, 0)
 		s.sent, s.errno = int(n), errno
-		return errno != unix.EAGAIN && errno != unix.EINTR
+		return errno != unix.EINTR
 	}
 }
 
@@ -181,7 +181,11 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 	y := &b.system
 	y.until, y.at = s.group(b), 0
 	for y.at < y.until {
-		if err := s.raw.Write(y.doSend); err != nil { // closed
+		err := s.raw.Write(y.doSend)
+		if err == nil && y.errno == unix.EAGAIN {
+			err = errFull // a packet that is late is worth less than all those that would wait for it
+		}
+		if err != nil { // or closed
 			for _, p := range b.sends[y.firsts[y.at]:] {
 				failed, lost = failed+1, lost+p.payload
 			}
