@@ -209,6 +209,9 @@ func (f *childFlags) add(cmd *cobra.Command) {
 // config is the child as HOST.json would have it.
 func (f *childFlags) config(exe string) (config.Transport, error) {
 	t := config.Transport{Exec: exe, State: f.state, ConfigVia: f.configVia, Plain: f.plain, Sandbox: f.sandbox}
+	if f.sandbox.Off && len(f.sandbox.Read)+len(f.sandbox.Write) > 0 {
+		return t, fmt.Errorf("--no-sandbox leaves nothing to be allowed; remove it, or --allow-read and --allow-write: %w", ptipc.ExitUsage)
+	}
 	base, err := os.Getwd()
 	if err != nil {
 		return t, err
