@@ -85,9 +85,10 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		role: s.role, signals: s.signals, dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
+	sandbox := s.sandbox()
 	c.proc, err = proc.Start(ctx, proc.Spec{
 		Path: s.command.Path, Args: args, Dir: s.path, Env: s.command.Environ,
-		Launcher: s.command.Launcher, Credential: s.command.Credential,
+		Launcher: s.command.Launcher, Credential: s.command.Credential, Sandbox: sandbox, Limits: s.command.Limits,
 		FinishWait: s.command.StopTimeout, Log: s.log,
 		OnLine: func(line []byte, truncated bool) {
 			if c.trace != nil {
@@ -115,7 +116,11 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 	}
 	if err := c.awaitReady(ctx, s); err != nil {
 		s.abandon(c)
-		return nil, startError(err, c.proc.Err())
+		err = startError(err, c.proc.Err())
+		if hint := sandbox.Explain(err.Error()); hint != "" && !strings.Contains(err.Error(), hint) {
+			err = fmt.Errorf("%w\n%s", err, hint) // a child may say on its control lines what it was refused
+		}
+		return nil, err
 	}
 	return c, nil
 }

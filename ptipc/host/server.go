@@ -64,7 +64,8 @@ func (c *Command) generate(ctx context.Context, options ptipc.Opaque, env ptipc.
 	var first []byte
 	whole := false
 	p, err := proc.Start(ctx, proc.Spec{
-		Path: c.Path, Args: args, Dir: s.path, Env: c.Environ, Launcher: c.Launcher, Credential: c.Credential, Log: s.log,
+		Path: c.Path, Args: args, Dir: s.path, Env: c.Environ, Launcher: c.Launcher, Credential: c.Credential,
+		Sandbox: s.sandbox(), Limits: c.Limits, Log: s.log,
 		MaxLine: stdio.MaxGenerated,
 		OnLine: func(line []byte, truncated bool) {
 			if first == nil {
