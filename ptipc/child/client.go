@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 
 	"pthost/ptipc"
 	"pthost/ptipc/localnet"
@@ -24,7 +25,7 @@ type client struct {
 	factory   ptipc.TransportFactory
 	transport *ptipc.Transport
 	servers   []*socks.Server
-	packets   []*turn.Server
+	packets   []*packetServer
 	dirs      []*localnet.Dir
 	serving   sync.WaitGroup
 
@@ -111,6 +112,36 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 	return c.out.Send(stdio.CMethod{Name: name, Protocol: stdio.ProtocolSOCKS5, Addr: addr, Args: args})
 }
 
+// packetServer is the TURN server of one packet factory.
+type packetServer struct {
+	turn.Server
+	counts atomic.Bool // its sockets are not counted by the transport any more
+}
+
+func (s *packetServer) open(ctx context.Context, factory ptipc.PacketFactory) (net.PacketConn, error) {
+	conn, err := factory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if metered, ok := conn.(*relay.PacketConn); ok {
+		if udp, ok := metered.Detach(); ok {
+			s.counts.Store(true)
+			return udp, nil
+		}
+	}
+	return conn, nil
+}
+
+// add adds what the server counts in place of the transport.
+func (s *packetServer) add(totals *ptipc.TransportStats) {
+	if s.counts.Load() {
+		stats := s.Stats()
+		totals.Active += uint64(stats.Allocations)
+		totals.Received += stats.ReceivedBytes
+		totals.Sent += stats.SentBytes
+	}
+}
+
 // announcePackets serves one packet factory over TURN and writes its CMETHOD line
 // (PKT-3). An allocation is a socket of the factory, and gives it back (PKT-7).
 func (c *client) announcePackets(name string, factory ptipc.PacketFactory, credentials turn.Credentials) error {
@@ -118,7 +149,10 @@ func (c *client) announcePackets(name string, factory ptipc.PacketFactory, crede
 	if err != nil {
 		return err
 	}
-	server := &turn.Server{Credentials: credentials, Packets: factory, Log: c.logger()}
+	server := &packetServer{}
+	server.Server = turn.Server{Credentials: credentials, Log: c.logger(), Packets: func(ctx context.Context) (net.PacketConn, error) {
+		return server.open(ctx, factory)
+	}}
 	local, uids := conn.LocalAddr().(*net.UDPAddr).AddrPort(), c.uids()
 	if localnet.Supported("udp") {
 		server.Allow = func(client net.Addr) error { // PKT-5
@@ -209,6 +243,9 @@ func (c *client) stats(name string) any {
 		totals, err := c.transport.Stats(context.Background())
 		if err != nil {
 			return nil
+		}
+		for _, server := range c.packets {
+			server.add(&totals)
 		}
 		return totals
 	}

@@ -23,7 +23,7 @@ const (
 
 const (
 	// MaxDatagram is the largest payload that a [PacketForward] carries. A longer one is
-	// dropped and counted, never cut.
+	// dropped and counted, never cut (PKT-6).
 	MaxDatagram = 4096
 	// maxQueue is how many datagrams wait for a session's socket.
 	maxQueue = 64

@@ -138,14 +138,35 @@ func (c *PacketConn) learn(peer netip.Addr) error {
 	return nil
 }
 
+// Detach gives up a socket that is exactly a [*net.UDPConn], for a TURN server that
+// moves many of its datagrams with one system call: the server sees to PKT-1 and PKT-2
+// itself, counts, and closes the socket. The meter counts it as opened, and no more
+// than that. ok is false, and nothing has changed, for any other socket, whose own
+// methods have the last word, and for one that was used or closed.
+func (c *PacketConn) Detach() (conn *net.UDPConn, ok bool) {
+	if conn, ok = c.PacketConn.(*net.UDPConn); !ok || c.sent.Load()+c.received.Load() > 0 {
+		return nil, false
+	}
+	ok = false
+	c.closing.Do(func() {
+		ok = true
+		c.leave()
+	})
+	return conn, ok
+}
+
+func (c *PacketConn) leave() {
+	c.meter.mu.Lock()
+	defer c.meter.mu.Unlock()
+	delete(c.meter.packets, c)
+	c.meter.removed(c.received.Load(), c.sent.Load())
+}
+
 // Close closes the socket. Only the first call does anything.
 func (c *PacketConn) Close() (err error) {
 	c.closing.Do(func() {
 		err = c.PacketConn.Close()
-		c.meter.mu.Lock()
-		defer c.meter.mu.Unlock()
-		delete(c.meter.packets, c)
-		c.meter.removed(c.received.Load(), c.sent.Load())
+		c.leave()
 	})
 	return err
 }

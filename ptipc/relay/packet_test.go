@@ -311,3 +311,47 @@ func TestPacketForwardFrontFails(t *testing.T) {
 	}
 	_ = f.Shutdown(t.Context())
 }
+
+// A socket that is given up is its new owner's, and no longer the meter's; another kind
+// of socket, or one that is in use, is not given up.
+func TestDetach(t *testing.T) {
+	var meter Meter
+	open := func(raw net.PacketConn) *PacketConn {
+		t.Helper()
+		conn, err := meter.Packets(func(context.Context) (net.PacketConn, error) { return raw, nil })(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn.(*PacketConn)
+	}
+	raw := udpSocket(t)
+	conn := open(raw)
+	if got, ok := conn.Detach(); !ok || got != raw {
+		t.Errorf("%v, %v", got, ok)
+	}
+	if _, ok := conn.Detach(); ok {
+		t.Error("it was given up twice")
+	}
+	if err := conn.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := raw.WriteTo([]byte("x"), raw.LocalAddr()); err != nil {
+		t.Error("the socket of another owner was closed:", err)
+	}
+	if s := meter.Stats(); s.Active != 0 || s.Opened != 1 {
+		t.Errorf("%+v", s)
+	}
+	for _, kept := range []*PacketConn{open(newPipeConn()), open(struct{ *net.UDPConn }{udpSocket(t)}), open(udpSocket(t))} {
+		if _, ok := kept.PacketConn.(*net.UDPConn); ok {
+			if _, err := kept.WriteTo([]byte("x"), raw.LocalAddr()); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, ok := kept.Detach(); ok {
+			t.Errorf("a %T was given up", kept.PacketConn)
+		}
+		if err := kept.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
