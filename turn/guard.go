@@ -58,6 +58,7 @@ type request struct {
 	challenge bool        // only the nonce of the answer is wanted
 	reserved  bool        // there is room for an allocation, until pion has made it or not
 	lifetime  time.Duration
+	even      bool // the relayed address is to have an even port
 	channel   uint16
 	peers     []netip.AddrPort
 }
@@ -284,7 +285,7 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 			return g.refuse(stun.CodeUnknownAttribute)
 		case m.has&hasEvenPort != 0 && m.has&hasReservation != 0:
 			return g.refuse(stun.CodeBadRequest)
-		case m.has&(hasEvenPort|hasReservation) != 0: // a transport has no ports to choose from
+		case m.has&hasReservation != 0 || m.reserve: // there is no reserving ports of a transport
 			return g.refuse(stun.CodeInsufficientCapacity)
 		case m.has&hasFamily != 0 && m.family != 1: // one allocation is for peers of both families
 			return g.refuse(stun.CodeAddrFamilyNotSupported)
@@ -292,7 +293,7 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 		if r.reserved = g.server.reserve(); !r.reserved {
 			return g.refuse(stun.CodeAllocQuotaReached)
 		}
-		r.lifetime = g.lifetime()
+		r.lifetime, r.even = g.lifetime(), m.has&hasEvenPort != 0
 		return g.hand(b, m.method, true, uint32Attribute(stun.AttrLifetime, uint32(r.lifetime/time.Second)),
 			attribute(stun.AttrRequestedTransport, 17, 0, 0, 0))
 	}
@@ -433,7 +434,7 @@ func (g *guard) AllocatePacketConn(string, int) (net.PacketConn, net.Addr, error
 	g.mu.Lock()
 	g.clients[r.client] = a
 	g.mu.Unlock()
-	go a.run(r.lifetime)
+	go a.run(r.lifetime, r.even)
 	return relayStub{a}, noAddr, nil
 }
 
