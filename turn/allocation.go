@@ -25,6 +25,10 @@ type allocation struct {
 	ended  chan struct{}
 	ending atomic.Bool
 
+	// Of the goroutine that reads the server's socket.
+	pending []*packet // for peers
+	allowed time.Time // when Server.Allow was asked last
+
 	mu          sync.RWMutex
 	relay       socket // nil until it is open
 	response    []byte // to the request that made it; nil until it is open
@@ -52,6 +56,7 @@ func newAllocation(g *guard, r *request) *allocation {
 		client:      newEndpoint(r.client),
 		id:          r.id,
 		ended:       make(chan struct{}),
+		allowed:     time.Now(),
 		permissions: map[netip.Addr]time.Time{},
 		numbers:     map[uint16]*channel{},
 		peers:       map[netip.AddrPort]*channel{},
@@ -123,7 +128,7 @@ func (a *allocation) run(lifetime time.Duration, even bool) {
 		_ = relay.Close() // end may have come before there was anything to close
 	}
 	a.answer()
-	if err := a.receive(relay); err != nil && !a.ending.Load() {
+	if err := a.receive(relay); !a.ending.Load() {
 		s.log.Warn("turn: a packet connection of the transport ended", "client", a.client.port, "error", err)
 	}
 	_ = relay.Close()

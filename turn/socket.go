@@ -150,7 +150,7 @@ func (s *plainSocket) send(b *batch) (failed, lost int, err error) {
 }
 
 func (s *plainSocket) write(b []byte, to *endpoint) (err error) {
-	n := len(b)
+	var n int
 	udp, isUDP := s.PacketConn.(*net.UDPConn)
 	switch {
 	case isUDP && to == nil:

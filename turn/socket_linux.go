@@ -181,16 +181,16 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 	y := &b.system
 	y.until, y.at = s.group(b), 0
 	for y.at < y.until {
-		err := s.raw.Write(y.doSend)
-		if err == nil && y.errno == unix.EAGAIN {
-			err = errFull // a packet that is late is worth less than all those that would wait for it
+		stop := s.raw.Write(y.doSend)
+		if stop == nil && y.errno == unix.EAGAIN {
+			stop = errFull // a packet that is late is worth less than all those that would wait for it
 		}
-		if err != nil { // or closed
+		if stop != nil { // or closed
 			for _, p := range b.sends[y.firsts[y.at]:] {
 				failed, lost = failed+1, lost+p.payload
 			}
 			b.sends = b.sends[:0]
-			return failed, lost, err
+			return failed, lost, stop
 		}
 		if y.errno == 0 {
 			y.at += max(y.sent, 1)
@@ -215,10 +215,9 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 
 // learn takes that datagrams of this size cannot be segmented here.
 func (s *udpSocket) learn(errno syscall.Errno, size int) {
-	switch errno {
-	case unix.EINVAL, unix.EMSGSIZE: // more than the network takes without fragmenting
+	if errno == unix.EINVAL || errno == unix.EMSGSIZE { // more than the network takes without fragmenting
 		s.segment.Store(int64(size - 1))
-	case unix.EIO, unix.EOPNOTSUPP, unix.ENOPROTOOPT: // not by this network
+	} else if errno == unix.EIO || errno == unix.EOPNOTSUPP || errno == unix.ENOPROTOOPT { // not by this network
 		s.segment.Store(0)
 	}
 }

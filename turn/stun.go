@@ -114,7 +114,7 @@ func (m *message) attribute(kind stun.AttrType, v []byte, at int) {
 		m.has |= flag
 		return !again
 	}
-	switch kind { //nolint:exhaustive // the others are below
+	switch kind {
 	case stun.AttrUsername:
 		first(&m.username)
 	case stun.AttrRealm:
