@@ -95,3 +95,23 @@ func (c *rawClient) open(peer netip.AddrPort) error {
 	}
 	return c.succeed(stun.MethodChannelBind, channelNumber(minChannel), peerAddress(peer))
 }
+
+// echo is the peer: what comes goes back.
+func echo(sock socket) {
+	from := newEndpoint(netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
+	for {
+		b, err := sock.receive()
+		if err != nil {
+			return
+		}
+		for i := range b.packets {
+			p := &b.packets[i]
+			if from.port != p.from {
+				from = newEndpoint(p.from)
+			}
+			b.queue(p, p.data, len(p.data), from)
+		}
+		_, _, _ = sock.send(b)
+		b.release()
+	}
+}
