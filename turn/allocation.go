@@ -25,6 +25,10 @@ type allocation struct {
 	ended  chan struct{}
 	ending atomic.Bool
 
+	// Of the goroutine that reads the server's socket.
+	pending []*packet // for peers
+	allowed time.Time // when Server.Allow was asked last
+
 	mu          sync.RWMutex
 	relay       socket // nil until it is open
 	response    []byte // to the request that made it; nil until it is open
@@ -52,6 +56,7 @@ func newAllocation(g *guard, r *request) *allocation {
 		client:      newEndpoint(r.client),
 		id:          r.id,
 		ended:       make(chan struct{}),
+		allowed:     time.Now(),
 		permissions: map[netip.Addr]time.Time{},
 		numbers:     map[uint16]*channel{},
 		peers:       map[netip.AddrPort]*channel{},
@@ -83,10 +88,10 @@ func (a *allocation) relaySocket() socket {
 }
 
 // run opens the packet connection, answers the client (TURN-10), and relays what peers send.
-func (a *allocation) run(lifetime time.Duration) {
+func (a *allocation) run(lifetime time.Duration, even bool) {
 	defer a.guard.server.unreserve()
 	s := a.guard.server
-	relay, err := a.open()
+	relay, err := a.open(even)
 	if err == nil {
 		var response *stun.Message
 		response, err = stun.Build(transaction(a.id), stun.NewType(stun.MethodAllocate, stun.ClassSuccessResponse),
@@ -123,14 +128,17 @@ func (a *allocation) run(lifetime time.Duration) {
 		_ = relay.Close() // end may have come before there was anything to close
 	}
 	a.answer()
-	if err := a.receive(relay); err != nil && !a.ending.Load() {
+	if err := a.receive(relay); !a.ending.Load() {
 		s.log.Warn("turn: a packet connection of the transport ended", "client", a.client.port, "error", err)
 	}
 	_ = relay.Close()
 	a.end()
 }
 
-func (a *allocation) open() (socket, error) {
+// evenTries is how many packet connections are opened to find one with an even port.
+const evenTries = 16
+
+func (a *allocation) open(even bool) (socket, error) {
 	ctx, cancel := context.WithTimeout(a.guard.server.packets, openTimeout)
 	defer cancel()
 	stop := make(chan struct{})
@@ -142,15 +150,20 @@ func (a *allocation) open() (socket, error) {
 		case <-stop:
 		}
 	}()
-	conn, err := a.guard.server.Packets(ctx)
-	switch {
-	case err != nil:
-		return nil, err
-	case conn == nil:
-		return nil, errors.New("turn: Packets returned neither a packet connection nor an error")
-	default:
-		return newRelaySocket(conn, &a.guard.server.count), nil
+	for range evenTries {
+		conn, err := a.guard.server.Packets(ctx)
+		switch {
+		case err != nil:
+			return nil, err
+		case conn == nil:
+			return nil, errors.New("turn: Packets returned neither a packet connection nor an error")
+		case even && relayedAddr(conn.LocalAddr()).Port()%2 != 0:
+			defer conn.Close() // later, so that the next one has another port
+		default:
+			return newRelaySocket(conn, &a.guard.server.count), nil
+		}
 	}
+	return nil, fmt.Errorf("turn: none of %d packet connections has an even port, as the client wants", evenTries)
 }
 
 // relayedAddr is what a client is told (TURN-11). A transport need not have an address.

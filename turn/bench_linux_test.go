@@ -89,22 +89,6 @@ func startCoturn(tb testing.TB) *relayer {
 	return &relayer{name: "coturn", process: cmd.Process, addr: addr, turn: true}
 }
 
-// echo is the peer: what comes goes back.
-func echo(sock socket) {
-	for {
-		b, err := sock.receive()
-		if err != nil {
-			return
-		}
-		for i := range b.packets {
-			p := &b.packets[i]
-			b.queue(p, p.data, len(p.data), newEndpoint(p.from))
-		}
-		_, _, _ = sock.send(b)
-		b.release()
-	}
-}
-
 // oneByOne is a socket that sends as most programs do: a datagram is a datagram.
 func oneByOne(c *net.UDPConn, connected bool) socket {
 	s := newSocket(c, connected)

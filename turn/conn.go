@@ -70,6 +70,8 @@ type Conn struct {
 	ips     map[netip.Addr]int // how many peers have it
 	resting map[uint16]time.Time
 	next    uint16
+	last    uint16 // lastNumber
+	most    int    // maxPeers
 }
 
 // A peer is who the application has sent something to.
@@ -128,6 +130,8 @@ func dial(ctx context.Context, server netip.AddrPort, credentials Credentials, o
 		ips:     map[netip.Addr]int{},
 		resting: map[uint16]time.Time{},
 		next:    firstNumber,
+		last:    lastNumber,
+		most:    maxPeers,
 	}
 	for _, option := range options {
 		option(c)
@@ -491,7 +495,7 @@ func (c *Conn) meet(to netip.AddrPort) (*peer, error) {
 		return nil, c.failure
 	default:
 	}
-	if len(c.peers) >= maxPeers {
+	if len(c.peers) >= c.most {
 		var oldest *peer
 		for _, p := range c.peers {
 			if oldest == nil || p.used.Load() < oldest.used.Load() {
@@ -502,9 +506,9 @@ func (c *Conn) meet(to netip.AddrPort) (*peer, error) {
 		c.forget(oldest)
 	}
 	now := time.Now()
-	for range lastNumber - firstNumber + 1 {
+	for range c.last - firstNumber + 1 {
 		number := c.next
-		if c.next++; c.next > lastNumber {
+		if c.next++; c.next > c.last {
 			c.next = firstNumber
 		}
 		if c.numbers[number] != nil || now.Before(c.resting[number]) {
@@ -517,7 +521,7 @@ func (c *Conn) meet(to netip.AddrPort) (*peer, error) {
 		return p, nil
 	}
 	c.count.full.Add(1)
-	return nil, fmt.Errorf("more than %d peers in %s: %w", lastNumber-firstNumber+1, numberPause, syscall.ENOBUFS)
+	return nil, fmt.Errorf("more than %d peers in %s: %w", c.last-firstNumber+1, numberPause, syscall.ENOBUFS)
 }
 
 // Close gives the allocation back, which takes up to a second if the server does not

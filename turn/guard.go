@@ -16,7 +16,8 @@ const (
 	permissionLifetime = 5 * time.Minute         // RFC 5766, section 8; TURN-8
 	channelLifetime    = 10 * time.Minute        // RFC 5766, section 11; TURN-8
 
-	openTimeout = 30 * time.Second // for Server.Packets
+	openTimeout   = 30 * time.Second // for Server.Packets
+	allowInterval = time.Second      // before Server.Allow is asked again about one client
 
 	// For one allocation. A client has no more channels than there are numbers.
 	maxPermissions = 4096
@@ -42,8 +43,9 @@ type guard struct {
 
 	// What follows belongs to pion's reading goroutine.
 	batch   *batch
-	next    int         // of the batch
-	sendTo  *allocation // whose peers the queued packets are for
+	next    int           // of the batch
+	last    *allocation   // who sent the datagram before
+	sending []*allocation // with packets that wait for flush
 	now     time.Time
 	msg     message
 	request request
@@ -58,6 +60,7 @@ type request struct {
 	challenge bool        // only the nonce of the answer is wanted
 	reserved  bool        // there is room for an allocation, until pion has made it or not
 	lifetime  time.Duration
+	even      bool // the relayed address is to have an even port
 	channel   uint16
 	peers     []netip.AddrPort
 }
@@ -145,10 +148,15 @@ func (g *guard) handle(p *packet, b []byte) int {
 		return 0
 	}
 	var a *allocation
-	if g.sendTo != nil && g.sendTo.client.port == p.from && !g.sendTo.ending.Load() {
-		a = g.sendTo
+	if g.last != nil && g.last.client.port == p.from && !g.last.ending.Load() {
+		a = g.last
 	} else {
 		a = g.client(p.from)
+		g.last = a
+	}
+	if a != nil && !g.stillAllowed(a) {
+		count.stranger.Add(1)
+		return 0
 	}
 	if p.data[0]&0xC0 == 0x40 {
 		channel, payload, ok := parseChannelData(p.data)
@@ -175,9 +183,8 @@ func (g *guard) handle(p *packet, b []byte) int {
 		return 0
 	case stun.ClassRequest:
 		if a == nil && g.server.Allow != nil {
-			if err := g.server.Allow(net.UDPAddrFromAddrPort(p.from)); err != nil {
+			if !g.allowed(p.from) {
 				count.stranger.Add(1)
-				g.server.log.Warn("turn: a stranger was refused", "client", p.from, "error", err)
 				return 0
 			}
 		}
@@ -188,33 +195,56 @@ func (g *guard) handle(p *packet, b []byte) int {
 	}
 }
 
+// allowed asks about a client (TURN-3).
+func (g *guard) allowed(client netip.AddrPort) bool {
+	err := g.server.Allow(net.UDPAddrFromAddrPort(client))
+	if err != nil {
+		g.server.log.Warn("turn: a stranger was refused", "client", client, "error", err)
+	}
+	return err == nil
+}
+
+// stillAllowed asks about a client again, now and then: when one has gone without
+// giving back its allocation, its port can be somebody else's.
+func (g *guard) stillAllowed(a *allocation) bool {
+	if g.server.Allow == nil || g.now.Sub(a.allowed) < allowInterval {
+		return true
+	}
+	a.allowed = g.now
+	if !g.allowed(a.client.port) {
+		a.end()
+		return false
+	}
+	return true
+}
+
 // relay queues a payload for a peer.
 func (g *guard) relay(a *allocation, p *packet, payload []byte, to *endpoint) {
 	if to == nil {
 		g.server.count.unexpected.Add(1)
 		return
 	}
-	if a != g.sendTo {
-		g.flush()
-		g.sendTo = a
+	p.out, p.payload, p.to = payload, len(payload), to
+	if len(a.pending) == 0 {
+		g.sending = append(g.sending, a)
 	}
-	g.batch.queue(p, payload, len(payload), to)
+	a.pending = append(a.pending, p)
 }
 
-// flush sends what is queued.
+// flush sends what is queued, for each allocation with one call.
 func (g *guard) flush() {
-	a := g.sendTo
-	g.sendTo = nil
-	if a == nil {
-		return
+	count := &g.server.count
+	for i, a := range g.sending {
+		if sock := a.relaySocket(); sock == nil {
+			count.unexpected.Add(uint64(len(a.pending)))
+		} else {
+			g.batch.sends = append(g.batch.sends[:0], a.pending...)
+			send(sock, g.batch, count, &count.sentPackets, &count.sentBytes)
+		}
+		clear(a.pending)
+		a.pending, g.sending[i] = a.pending[:0], nil
 	}
-	sock := a.relaySocket()
-	if sock == nil {
-		g.server.count.unexpected.Add(uint64(len(g.batch.sends)))
-		g.batch.sends = g.batch.sends[:0]
-		return
-	}
-	send(sock, g.batch, &g.server.count, &g.server.count.sentPackets, &g.server.count.sentBytes)
+	g.sending = g.sending[:0]
 }
 
 // indication takes a Send indication; a Binding indication only keeps something alive
@@ -284,7 +314,7 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 			return g.refuse(stun.CodeUnknownAttribute)
 		case m.has&hasEvenPort != 0 && m.has&hasReservation != 0:
 			return g.refuse(stun.CodeBadRequest)
-		case m.has&(hasEvenPort|hasReservation) != 0: // a transport has no ports to choose from
+		case m.has&hasReservation != 0 || m.reserve: // there is no reserving ports of a transport
 			return g.refuse(stun.CodeInsufficientCapacity)
 		case m.has&hasFamily != 0 && m.family != 1: // one allocation is for peers of both families
 			return g.refuse(stun.CodeAddrFamilyNotSupported)
@@ -292,7 +322,7 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 		if r.reserved = g.server.reserve(); !r.reserved {
 			return g.refuse(stun.CodeAllocQuotaReached)
 		}
-		r.lifetime = g.lifetime()
+		r.lifetime, r.even = g.lifetime(), m.has&hasEvenPort != 0
 		return g.hand(b, m.method, true, uint32Attribute(stun.AttrLifetime, uint32(r.lifetime/time.Second)),
 			attribute(stun.AttrRequestedTransport, 17, 0, 0, 0))
 	}
@@ -300,7 +330,7 @@ func (g *guard) ask(a *allocation, from netip.AddrPort, b []byte) int {
 		return g.refuse(stun.CodeAllocMismatch)
 	}
 	r.peers = m.peers
-	switch m.method { //nolint:exhaustive // there are three left
+	switch m.method {
 	case stun.MethodRefresh:
 		if m.has&hasFamily != 0 && m.family != 1 {
 			return g.refuse(stun.CodePeerAddrFamilyMismatch)
@@ -433,7 +463,7 @@ func (g *guard) AllocatePacketConn(string, int) (net.PacketConn, net.Addr, error
 	g.mu.Lock()
 	g.clients[r.client] = a
 	g.mu.Unlock()
-	go a.run(r.lifetime)
+	go a.run(r.lifetime, r.even)
 	return relayStub{a}, noAddr, nil
 }
 

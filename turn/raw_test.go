@@ -72,12 +72,12 @@ func (c *rawClient) request(method stun.Method, setters ...stun.Setter) (*messag
 	return nil, errors.New("no nonce is good enough")
 }
 
-func (c *rawClient) succeed(method stun.Method, setters ...stun.Setter) (*message, error) {
+func (c *rawClient) succeed(method stun.Method, setters ...stun.Setter) error {
 	m, err := c.request(method, setters...)
 	if err == nil && m.class != stun.ClassSuccessResponse {
 		err = fmt.Errorf("%s: %d", method, m.code())
 	}
-	return m, err
+	return err
 }
 
 var requestUDP = attribute(stun.AttrRequestedTransport, 17, 0, 0, 0)
@@ -90,9 +90,28 @@ func peerAddress(a netip.AddrPort) stun.Setter { return addressAttribute{stun.At
 
 // open allocates and binds the first channel.
 func (c *rawClient) open(peer netip.AddrPort) error {
-	if _, err := c.succeed(stun.MethodAllocate, requestUDP); err != nil {
+	if err := c.succeed(stun.MethodAllocate, requestUDP); err != nil {
 		return err
 	}
-	_, err := c.succeed(stun.MethodChannelBind, channelNumber(minChannel), peerAddress(peer))
-	return err
+	return c.succeed(stun.MethodChannelBind, channelNumber(minChannel), peerAddress(peer))
+}
+
+// echo is the peer: what comes goes back.
+func echo(sock socket) {
+	from := newEndpoint(netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
+	for {
+		b, err := sock.receive()
+		if err != nil {
+			return
+		}
+		for i := range b.packets {
+			p := &b.packets[i]
+			if from.port != p.from {
+				from = newEndpoint(p.from)
+			}
+			b.queue(p, p.data, len(p.data), from)
+		}
+		_, _, _ = sock.send(b)
+		b.release()
+	}
 }

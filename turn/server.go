@@ -23,8 +23,11 @@ type Server struct {
 	// net.ErrClosed or io.EOF ends the allocation, as do many failures in a row.
 	Packets func(ctx context.Context) (net.PacketConn, error)
 
-	// Allow is asked about a client's address whenever a datagram comes from one that
-	// has no allocation. An error means that it gets no answer. nil allows everybody.
+	// Allow is asked about a client's address, a *net.UDPAddr, whenever a request comes
+	// from one that has no allocation, and about once a second while one that has sends
+	// something, since its port can have become another process's (TURN-3). An error means
+	// that it gets no answer, and ends its allocation. nil allows everybody. It is called
+	// from the goroutine that relays, so it should be quick.
 	Allow func(client net.Addr) error
 
 	// MaxAllocations is how many allocations there can be at once; further ones are

@@ -324,11 +324,11 @@ func (s *session) ask(method stun.Method, setters ...stun.Setter) (*answer, erro
 		}
 		refused := &RefusedError{Request: method.String(), Code: int(m.code())}
 		again := refused.Code == int(stun.CodeStaleNonce) || refused.Code == int(stun.CodeUnauthorized) && nonce == nil
-		if !again || m.message.nonce == nil {
+		if !again || m.nonce == nil {
 			return nil, ptipc.WithClass(classOf(refused.Code), refused)
 		}
 		s.mu.Lock()
-		s.nonce = m.message.nonce
+		s.nonce = m.nonce
 		s.mu.Unlock()
 	}
 	return nil, ptipc.WithClass(ptipc.ErrGeneral, &RefusedError{Request: method.String(), Code: int(stun.CodeStaleNonce)})

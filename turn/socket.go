@@ -61,14 +61,18 @@ func newBatch(size int) *batch {
 var (
 	batches = sync.Pool{New: func() any { return newBatch(batchSize) }}
 	singles = sync.Pool{New: func() any { return newBatch(1) }}
+	wides   = sync.Pool{New: func() any { return newBatch(0) }} // its packets are cut out of larger pieces
 )
 
 func (b *batch) release() {
 	b.packets = b.packets[:b.size]
 	b.sends = b.sends[:0]
-	if b.size == 1 {
+	switch b.size {
+	case 0:
+		wides.Put(b)
+	case 1:
 		singles.Put(b)
-	} else {
+	default:
 		batches.Put(b)
 	}
 }
@@ -150,7 +154,7 @@ func (s *plainSocket) send(b *batch) (failed, lost int, err error) {
 }
 
 func (s *plainSocket) write(b []byte, to *endpoint) (err error) {
-	n := len(b)
+	var n int
 	udp, isUDP := s.PacketConn.(*net.UDPConn)
 	switch {
 	case isUDP && to == nil:

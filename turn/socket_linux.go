@@ -54,9 +54,34 @@ type batchSystem struct {
 	at, until int // of sends
 	sent      int
 	errno     syscall.Errno
+	pieces    *[widePieces]widePiece // of a wide batch
+}
+
+// A wide batch receives a few pieces of many datagrams each, as the kernel puts together
+// those of one size, or as a sender gave them to it (UDP_GRO).
+const widePieces = 4
+
+type widePiece struct {
+	storage [1 << 16]byte
+	control struct {
+		hdr  unix.Cmsghdr
+		size int32
+		_    [4]byte
+	}
 }
 
 func (s *batchSystem) init(b *batch) {
+	if b.size == 0 {
+		s.receives, s.iovs, s.pieces = make([]mmsghdr, widePieces), make([]unix.Iovec, widePieces), new([widePieces]widePiece)
+		for i := range s.receives {
+			setIovec(&s.iovs[i], s.pieces[i].storage[:])
+			h := &s.receives[i].hdr
+			h.Iov = &s.iovs[i]
+			h.SetIovlen(1)
+			h.Control = (*byte)(unsafe.Pointer(&s.pieces[i].control))
+		}
+		return
+	}
 	s.receives = make([]mmsghdr, b.size)
 	s.iovs = make([]unix.Iovec, b.size)
 	s.names = make([]unix.RawSockaddrInet6, b.size)
@@ -87,6 +112,7 @@ type udpSocket struct {
 	raw       syscall.RawConn
 	inet6     bool
 	connected bool
+	wide      bool         // datagrams may come in pieces of many
 	segment   atomic.Int64 // datagrams up to this size are segmented; 0: none
 	doReceive func(fd uintptr) bool
 
@@ -108,6 +134,7 @@ func newUDPSocket(c *net.UDPConn, connected bool) socket {
 	_ = raw.Control(func(fd uintptr) {
 		domain, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DOMAIN)
 		s.inet6 = domain == unix.AF_INET6
+		s.wide = connected && unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_GRO, 1) == nil
 		ok = err == nil && (s.inet6 || domain == unix.AF_INET)
 	})
 	if !ok {
@@ -129,38 +156,75 @@ func (s *udpSocket) receive() (*batch, error) {
 }
 
 func (s *udpSocket) tryReceive(fd uintptr) bool {
-	b := batches.Get().(*batch)
-	for i := range b.system.receives {
-		h := &b.system.receives[i].hdr
-		if s.connected {
+	var b *batch
+	if s.wide {
+		b = wides.Get().(*batch)
+	} else {
+		b = batches.Get().(*batch)
+	}
+	y := &b.system
+	for i := range y.receives {
+		h := &y.receives[i].hdr
+		switch {
+		case s.wide:
+			h.SetControllen(int(unsafe.Sizeof(y.pieces[i].control)))
+		case s.connected:
 			h.Name, h.Namelen = nil, 0
-		} else {
-			h.Name, h.Namelen = (*byte)(unsafe.Pointer(&b.system.names[i])), unix.SizeofSockaddrInet6
+		default:
+			h.Name, h.Namelen = (*byte)(unsafe.Pointer(&y.names[i])), unix.SizeofSockaddrInet6
 		}
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.system.receives[0])), uintptr(b.size), unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
-		case 0:
-			b.packets = b.packets[:n]
-			for i := range b.packets {
-				p, m := &b.packets[i], &b.system.receives[i]
-				p.data, p.cut = p.storage[headroom:headroom+int(m.n)], m.hdr.Flags&unix.MSG_TRUNC != 0
-				p.from = netip.AddrPort{}
-				if !s.connected {
-					p.from = addrOf(&b.system.names[i])
-				}
-			}
-			s.batch, s.err = b, nil
-			return true
-		case unix.EINTR:
-		case unix.EAGAIN:
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&y.receives[0])), uintptr(len(y.receives)), unix.MSG_DONTWAIT, 0, 0)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno == unix.EAGAIN:
 			b.release()
 			return false
-		default:
+		case errno != 0:
 			b.release()
 			s.batch, s.err = nil, errno
-			return true
+		case s.wide:
+			b.cutUp(int(n))
+			s.batch, s.err = b, nil
+		default:
+			s.take(b, int(n))
+			s.batch, s.err = b, nil
+		}
+		return true
+	}
+}
+
+// take says what was received.
+func (s *udpSocket) take(b *batch, n int) {
+	b.packets = b.packets[:n]
+	for i := range b.packets {
+		p, m := &b.packets[i], &b.system.receives[i]
+		p.data, p.cut = p.storage[headroom:headroom+int(m.n)], m.hdr.Flags&unix.MSG_TRUNC != 0
+		p.from = netip.AddrPort{}
+		if !s.connected {
+			p.from = addrOf(&b.system.names[i])
+		}
+	}
+}
+
+// cutUp makes datagrams of the pieces that were received.
+func (b *batch) cutUp(n int) {
+	b.packets = b.packets[:0]
+	for i := range n {
+		m, piece := &b.system.receives[i], &b.system.pieces[i]
+		rest, size := piece.storage[:m.n], int(m.n)
+		if h := &piece.control.hdr; int(m.hdr.Controllen) >= unix.CmsgLen(4) && h.Level == unix.SOL_UDP && h.Type == unix.UDP_GRO {
+			size = int(piece.control.size)
+		}
+		if size <= 0 || size > len(rest) { // nothing, or a piece of one
+			size = len(rest)
+		}
+		for first := true; first || len(rest) > 0; first = false {
+			k := min(size, len(rest))
+			b.packets = append(b.packets, packet{data: rest[:k:k], cut: k > maxDatagram})
+			rest = rest[k:]
 		}
 	}
 }
@@ -181,16 +245,16 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 	y := &b.system
 	y.until, y.at = s.group(b), 0
 	for y.at < y.until {
-		err := s.raw.Write(y.doSend)
-		if err == nil && y.errno == unix.EAGAIN {
-			err = errFull // a packet that is late is worth less than all those that would wait for it
+		stop := s.raw.Write(y.doSend)
+		if stop == nil && y.errno == unix.EAGAIN {
+			stop = errFull // a packet that is late is worth less than all those that would wait for it
 		}
-		if err != nil { // or closed
+		if stop != nil { // or closed
 			for _, p := range b.sends[y.firsts[y.at]:] {
 				failed, lost = failed+1, lost+p.payload
 			}
 			b.sends = b.sends[:0]
-			return failed, lost, err
+			return failed, lost, stop
 		}
 		if y.errno == 0 {
 			y.at += max(y.sent, 1)
@@ -215,10 +279,9 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 
 // learn takes that datagrams of this size cannot be segmented here.
 func (s *udpSocket) learn(errno syscall.Errno, size int) {
-	switch errno {
-	case unix.EINVAL, unix.EMSGSIZE: // more than the network takes without fragmenting
+	if errno == unix.EINVAL || errno == unix.EMSGSIZE { // more than the network takes without fragmenting
 		s.segment.Store(int64(size - 1))
-	case unix.EIO, unix.EOPNOTSUPP, unix.ENOPROTOOPT: // not by this network
+	} else if errno == unix.EIO || errno == unix.EOPNOTSUPP || errno == unix.ENOPROTOOPT { // not by this network
 		s.segment.Store(0)
 	}
 }

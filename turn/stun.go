@@ -40,6 +40,7 @@ type message struct {
 	lifetime                                uint32
 	channel                                 uint16
 	transport, family                       byte
+	reserve                                 bool // EVEN-PORT wants the next port as well
 	has                                     presence
 	invalid                                 bool              // a known attribute with a value that cannot be
 	unknown                                 []stun.AttrType   // comprehension is required
@@ -113,7 +114,7 @@ func (m *message) attribute(kind stun.AttrType, v []byte, at int) {
 		m.has |= flag
 		return !again
 	}
-	switch kind { //nolint:exhaustive // the others are below
+	switch kind {
 	case stun.AttrUsername:
 		first(&m.username)
 	case stun.AttrRealm:
@@ -156,7 +157,9 @@ func (m *message) attribute(kind stun.AttrType, v []byte, at int) {
 			m.family = v[0]
 		}
 	case stun.AttrEvenPort:
-		sized(1, hasEvenPort)
+		if sized(1, hasEvenPort) {
+			m.reserve = v[0]&0x80 != 0
+		}
 	case stun.AttrReservationToken:
 		sized(8, hasReservation)
 	case stun.AttrXORMappedAddress, stun.AttrXORRelayedAddress:
