@@ -46,6 +46,31 @@ func checkPackets(m method, pids []int) error {
 	return nil
 }
 
+// packetSocket is an application's socket, which is told when its child is gone.
+type packetSocket struct {
+	*turn.Conn
+	s *supervisor
+}
+
+func (s *supervisor) keep(conn *turn.Conn) *packetSocket {
+	socket := &packetSocket{conn, s}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sockets == nil {
+		s.sockets = make(map[*packetSocket]struct{})
+	}
+	s.sockets[socket] = struct{}{}
+	return socket
+}
+
+// Close gives the allocation back.
+func (p *packetSocket) Close() error {
+	p.s.mu.Lock()
+	delete(p.s.sockets, p)
+	p.s.mu.Unlock()
+	return p.Conn.Close()
+}
+
 // openPackets opens one socket of a packet factory. It lives through restarts of the
 // child: each new one is asked for a new allocation, with its own credentials (PKT-8).
 func (s *supervisor) openPackets(ctx context.Context, name string) (net.PacketConn, error) {
@@ -66,7 +91,7 @@ func (s *supervisor) openPackets(ctx context.Context, name string) (net.PacketCo
 			}))
 		switch {
 		case err == nil:
-			return conn, nil
+			return s.keep(conn), nil
 		case errors.Is(err, turn.ErrLost) && !again && ctx.Err() == nil && c.gone(ctx):
 			continue // a child that had died but was not yet missed
 		case errors.Is(err, turn.ErrLost):

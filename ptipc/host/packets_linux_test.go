@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -171,6 +172,12 @@ func TestPacketsThroughRestart(t *testing.T) {
 		talkPackets(t, conn, to, fmt.Appendf(nil, "after %d", i))
 	}
 	talkPackets(t, openPackets(t, transport), to, []byte("a new one"))
+
+	// One that only listens has a new address soon, without having sent anything.
+	quiet := openPackets(t, transport)
+	before := quiet.LocalAddr().String()
+	kill(t, last(events.until(t, Ready)).Pid)
+	eventually(t, "a socket that only listens has another allocation", func() bool { return quiet.LocalAddr().String() != before })
 }
 
 // What ends with the child for good says so.
@@ -183,7 +190,7 @@ func TestPacketsWithoutRestart(t *testing.T) {
 	talkPackets(t, conn, to, []byte("before"))
 	kill(t, last(events.until(t, Ready)).Pid)
 	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	if _, _, err := conn.ReadFrom(make([]byte, 10)); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if _, _, err := conn.ReadFrom(make([]byte, 10)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a socket without a child: %v", err)
 	}
 	if _, err := transport.Packets["direct"](within(t)); err == nil {

@@ -46,6 +46,7 @@ type supervisor struct {
 	mu      sync.Mutex
 	current *child        // nil between two children
 	changed chan struct{} // closed when current changes or the supervision ends
+	sockets map[*packetSocket]struct{}
 	ended   bool
 	err     error // why it ended; nil after Close
 }
@@ -229,6 +230,11 @@ func (s *supervisor) publish(c *child) {
 	s.current = c
 	close(s.changed)
 	s.changed = make(chan struct{})
+	if c == nil {
+		for socket := range s.sockets {
+			socket.Lost() // one that only listens would not notice for a while (PKT-8)
+		}
+	}
 }
 
 // supervise watches the child and starts another one when it ends (LIFE-6).
