@@ -38,6 +38,10 @@ ordinary programs use it. Without a file it runs both ends of a WebSocket over T
 in children of their own, behind a SOCKS5 proxy on 127.0.0.1:1080, and fetches a
 page through it all, as a proof.
 
+A front on udp://127.0.0.1:PORT forwards datagrams to one address, through a transport
+that carries them; a SOCKS5 front in front of such a transport takes UDP ASSOCIATE too.
+Datagrams go to addresses, never to names.
+
 Other users of this machine are refused at every front. Ctrl-C ends everything
 that was started; a second one does so at once.
 
