@@ -9,6 +9,9 @@
 //	defer transport.Close()
 //	conn, err := transport.Connections["example"].Dial(ctx, nil, "example.com:443")
 //
+// Where the child has packet factories, Packets["example"](ctx) opens a [net.PacketConn],
+// whose datagrams travel over TURN (PKT-3). It lives through restarts too (PKT-8).
+//
 // The child is started with its configuration (ARG-1), watched, restarted when it
 // ends (LIFE-6) and stopped with everything that it started (LIFE-4, LIFE-5). The
 // Transport lives through restarts: a Dial waits for the child that comes next.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -199,7 +200,7 @@ func TestPacketsWithoutRestart(t *testing.T) {
 }
 
 // PKT-7: five hundred sockets at once, each of which works, and gone again: neither
-// side keeps a descriptor.
+// side keeps a descriptor, nor the host a goroutine.
 func TestManyPackets(t *testing.T) {
 	const sockets = 500
 	c := self("direct")
@@ -208,7 +209,7 @@ func TestManyPackets(t *testing.T) {
 	pid := fmt.Sprint(last(events.until(t, Ready)).Pid)
 	to := udpServer(t, "127.0.0.1:0")
 	talkPackets(t, openPackets(t, transport), to, []byte("first"))
-	inChild, inHost := descriptors(t, pid), descriptors(t, "self")
+	inChild, inHost, goroutines := descriptors(t, pid), descriptors(t, "self"), runtime.NumGoroutine()
 	for range 2 {
 		conns := make([]net.PacketConn, sockets)
 		var opening sync.WaitGroup
@@ -239,6 +240,7 @@ func TestManyPackets(t *testing.T) {
 		}
 		eventually(t, "the child gives the sockets back", func() bool { return descriptors(t, pid) <= inChild })
 		eventually(t, "the host gives the sockets back", func() bool { return descriptors(t, "self") <= inHost })
+		eventually(t, "the host's goroutines are gone", func() bool { return runtime.NumGoroutine() <= goroutines })
 	}
 	if s, err := transport.Stats(t.Context()); err != nil || s.Active != 1 || s.Opened != 1+2*sockets {
 		t.Errorf("%+v, %v", s, err)

@@ -24,6 +24,8 @@ var packages = map[string]string{
 	"proxychains4": "proxychains4",
 	"ip":           "iproute2",
 	"nft":          "nftables",
+	"dig":          "bind9-dnsutils",
+	"unshare":      "util-linux",
 }
 
 // Need returns the path of a program. A missing one skips the test and says what
