@@ -53,6 +53,9 @@ type Request struct {
 type Association interface {
 	// Addr is where the client sends its datagrams.
 	Addr() netip.AddrPort
+	// Done is closed when the association has ended, also by itself: the client's
+	// connection is ended then, so that it knows.
+	Done() <-chan struct{}
 	// Close ends the association.
 	Close() error
 }
@@ -485,6 +488,15 @@ func (s *Server) associate(session *session, r *Request, w *watch) (admitted boo
 	}
 	defer association.Close()
 	s.unlimit(session)
+	left := make(chan struct{})
+	defer close(left)
+	go func() {
+		select {
+		case <-association.Done():
+			_ = session.conn.SetReadDeadline(past)
+		case <-left:
+		}
+	}()
 	_ = session.conn.SetDeadline(time.Time{}) // the sweeper's, if it has just come
 	_ = session.conn.SetWriteDeadline(time.Now().Add(s.handshakeTimeout()))
 	if _, err := session.conn.Write(associateReply(w.method, w.owed, association.Addr())); err != nil {

@@ -346,6 +346,11 @@ func startHTTP3(t *testing.T, size int) (addr *net.UDPAddr, sum string) {
 // openBuiltin opens a builtin transport in a child, through the host's library.
 func openBuiltin(t *testing.T, name, config string) *ptipc.Transport {
 	t.Helper()
+	return openBuiltinWith(t, name, config, func(*host.Command) {})
+}
+
+func openBuiltinWith(t *testing.T, name, config string, change func(*host.Command)) *ptipc.Transport {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -354,6 +359,7 @@ func openBuiltin(t *testing.T, name, config string) *ptipc.Transport {
 		Name: name, Path: self, Args: []string{"transport", name},
 		Environ: append(os.Environ(), asTool+"=1", "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")),
 	}
+	change(command)
 	transport, err := command.Open(t.Context(), ptipc.Opaque(config), ptipc.Env{})
 	if err != nil {
 		t.Fatal(err)
@@ -373,7 +379,8 @@ func download(t *testing.T, conn net.PacketConn, to *net.UDPAddr) string {
 	defer carrier.Close()
 	client := &http3.Transport{
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // its certificate was made a moment ago
-		QUICConfig:      &quic.Config{MaxIdleTimeout: time.Minute},
+		// With nothing to say a client would not show a new address to its server.
+		QUICConfig:      &quic.Config{MaxIdleTimeout: time.Minute, KeepAlivePeriod: 200 * time.Millisecond},
 		Dial: func(ctx context.Context, _ string, tlsConfig *tls.Config, config *quic.Config) (*quic.Conn, error) {
 			return carrier.DialEarly(ctx, to, tlsConfig, config)
 		},
@@ -419,6 +426,44 @@ func TestHTTP3ThroughChild(t *testing.T) {
 	if got := download(t, conn, to); got != sum {
 		t.Errorf("the checksum is %s, want %s", got, sum)
 	}
+}
+
+// The child is killed in the middle of a download, and the connection goes on through
+// the next one: to the server the client has another address.
+func TestHTTP3SurvivesItsChild(t *testing.T) {
+	to, sum := startHTTP3(t, 20<<20)
+	pids := make(chan int, 10)
+	transport := openBuiltinWith(t, "direct", `{}`, func(c *host.Command) {
+		c.Restart.Min = 10 * time.Millisecond
+		c.Events = func(e host.Event) {
+			if e.Kind == host.Ready {
+				pids <- e.Pid
+			}
+		}
+	})
+	conn := packetsOf(t, transport, "direct")
+	defer conn.Close()
+	half := &halfway{PacketConn: conn, at: 5 << 20, then: func() { kill(t, <-pids) }}
+	if got := download(t, half, to); got != sum {
+		t.Errorf("the checksum is %s, want %s", got, sum)
+	}
+	within(t, "the next child is ready", pids)
+}
+
+// halfway does something once a number of bytes have come.
+type halfway struct {
+	net.PacketConn
+	at   int
+	then func()
+}
+
+func (h *halfway) ReadFrom(p []byte) (int, net.Addr, error) {
+	n, addr, err := h.PacketConn.ReadFrom(p)
+	if h.at -= n; h.at <= 0 && h.then != nil {
+		h.then()
+		h.then = nil
+	}
+	return n, addr, err
 }
 
 // HTTP/3 through two children between which datagrams look like nothing.

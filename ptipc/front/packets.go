@@ -63,13 +63,14 @@ type association struct {
 	dropped atomic.Uint64
 	both    sync.WaitGroup
 	closing sync.Once
+	done    chan struct{}
 }
 
 func associate(ctx context.Context, r *socks.Request, packets ptipc.PacketFactory, log *slog.Logger) (*association, error) {
 	if !localnet.Supported("udp") {
 		return nil, fmt.Errorf("UDP ASSOCIATE: other users of this machine could not be kept out: %w: %w", localnet.ErrUnsupported, ptipc.ErrCommand)
 	}
-	a := &association{log: log}
+	a := &association{log: log, done: make(chan struct{})}
 	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 0)
 	if tcp, ok := r.Client.LocalAddr().(*net.TCPAddr); ok {
 		at = netip.AddrPortFrom(tcp.AddrPort().Addr().Unmap(), 0)
@@ -98,6 +99,10 @@ func associate(ctx context.Context, r *socks.Request, packets ptipc.PacketFactor
 // Addr is where the client sends its datagrams.
 func (a *association) Addr() netip.AddrPort { return a.front.LocalAddr().(*net.UDPAddr).AddrPort() }
 
+// Done is closed when the association has ended, because it was closed or because the
+// transport's socket has failed.
+func (a *association) Done() <-chan struct{} { return a.done }
+
 // Close ends the association.
 func (a *association) Close() error {
 	a.end()
@@ -107,7 +112,10 @@ func (a *association) Close() error {
 }
 
 func (a *association) end() {
-	a.closing.Do(func() { _, _ = a.front.Close(), a.wire.Close() }) // datagrams have no end to be told
+	a.closing.Do(func() {
+		_, _ = a.front.Close(), a.wire.Close() // datagrams have no end to be told
+		close(a.done)
+	})
 }
 
 // mine reports whether a datagram is the client's own. The first one decides about the

@@ -186,6 +186,20 @@ func TestAssociate(t *testing.T) {
 	}
 }
 
+// When the transport ends, the client's connection does too.
+func TestAssociateWithoutTransport(t *testing.T) {
+	transport := freePackets(t)
+	l := listen(t, "tcp://127.0.0.1:0")
+	serve(t, SOCKS5WithPackets(transport.Connections["direct"], transport.Packets["direct"], nil, quiet()), l)
+	conn, _ := associated(t, l.Addr().String(), 1, 0, 0, 0, 0, 0, 0)
+	if err := transport.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the connection of an association that has ended: %v", err)
+	}
+}
+
 // waitFor waits for what another goroutine is about to do.
 func waitFor(t *testing.T, ok func() bool) {
 	t.Helper()
