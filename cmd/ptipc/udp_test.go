@@ -380,7 +380,7 @@ func download(t *testing.T, conn net.PacketConn, to *net.UDPAddr) string {
 	client := &http3.Transport{
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // its certificate was made a moment ago
 		// With nothing to say a client would not show a new address to its server.
-		QUICConfig:      &quic.Config{MaxIdleTimeout: time.Minute, KeepAlivePeriod: 200 * time.Millisecond},
+		QUICConfig: &quic.Config{MaxIdleTimeout: time.Minute, KeepAlivePeriod: 200 * time.Millisecond},
 		Dial: func(ctx context.Context, _ string, tlsConfig *tls.Config, config *quic.Config) (*quic.Conn, error) {
 			return carrier.DialEarly(ctx, to, tlsConfig, config)
 		},
