@@ -98,7 +98,7 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 		}
 	})
 	args := stdio.Args{{Key: stdio.ArgStats, Value: "1"}}
-	if c.ends != nil {
+	if c.ends != nil && c.host.Listen == stdio.ListenUnix {
 		args = append(args, stdio.KV{Key: stdio.ArgEnds, Value: "1"})
 	}
 	if factory.Bound {

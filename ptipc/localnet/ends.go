@@ -97,7 +97,8 @@ func (e *End) Mark() {
 	e.ends.swap(own, e.id, e.id|1)
 }
 
-// Marked reports whether the other end has sent all that it had to send.
+// Marked reports whether the other end has sent all that it had to send. It is asked when
+// the stream has ended: without a mark it has broken (SOCKS-21).
 func (e *End) Marked() bool {
 	_, other := e.words()
 	return e.ends.load(other) == e.id|1
