@@ -3,8 +3,8 @@ package main
 import (
 	"io"
 	"net"
+	"os"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -30,6 +30,17 @@ func startWire(t *testing.T, to string) (addr string, cut func()) {
 		for range 2 {
 			reset(<-both)
 		}
+	}
+}
+
+func killPid(t *testing.T, pid int) {
+	t.Helper()
+	process, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := process.Kill(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -85,8 +96,8 @@ func TestChainBreaks(t *testing.T) {
 		cut       func()
 	}
 	for name, breaks := range map[string]func(e ends){
-		"server child killed": func(e ends) { _ = syscall.Kill(lastPid(e.server.out.String()), syscall.SIGKILL) },
-		"client child killed": func(e ends) { _ = syscall.Kill(lastPid(e.client.out.String()), syscall.SIGKILL) },
+		"server child killed": func(e ends) { killPid(t, lastPid(e.server.out.String())) },
+		"client child killed": func(e ends) { killPid(t, lastPid(e.client.out.String())) },
 		"server host killed":  func(e ends) { _ = e.server.cmd.Process.Kill() },
 		"client host killed":  func(e ends) { _ = e.client.cmd.Process.Kill() },
 		"wire cut":            func(e ends) { e.cut() },
