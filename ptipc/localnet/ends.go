@@ -1,7 +1,6 @@
 package localnet
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"net"
 	"strconv"
@@ -37,7 +36,19 @@ type End struct {
 
 // name is what a client's socket is called in the abstract space, without the NUL: four
 // hexadecimal digits for the slot and sixteen for the id.
-func (e *End) name() string { return fmt.Sprintf("%04x%016x", e.slot, e.id) }
+func (e *End) name() string {
+	var b [20]byte
+	putHex(b[:4], uint64(e.slot))
+	putHex(b[4:], e.id)
+	return string(b[:])
+}
+
+func putHex(b []byte, v uint64) {
+	for i := len(b) - 1; i >= 0; i-- {
+		b[i] = "0123456789abcdef"[v&15]
+		v >>= 4
+	}
+}
 
 // dialing takes a slot for a connection that this process makes; nil if none is free.
 func (e *Ends) dialing() *End {
