@@ -111,7 +111,11 @@ func (j job) do(conn Conn) (uint64, error) {
 	if err != nil {
 		_ = conn.Close() // what is still being sent goes nowhere
 	}
-	return n, errors.Join(err, <-sent)
+	// A reset is reported once. If a Write has had it, a Read sees a clean end.
+	if failed := <-sent; failed != nil && !errors.Is(failed, net.ErrClosed) {
+		err = failed
+	}
+	return n, err
 }
 
 // send writes the job's bytes and ends the direction.

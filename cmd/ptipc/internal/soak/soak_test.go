@@ -103,7 +103,7 @@ func TestRun(t *testing.T) {
 			client.Close()
 			far.Close()
 		}, func(r *Report) bool { return r.Failed > 0 && r.Lost == 0 && r.Stalled == 0 && r.OK() }},
-		{"silence", 100 * time.Millisecond, func(client, far *net.TCPConn) {
+		{"silence", time.Second, func(client, far *net.TCPConn) {
 			_, _ = far.Read(make([]byte, 1)) // until the far end has had enough of it
 			client.Close()
 			far.Close()
