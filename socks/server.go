@@ -70,6 +70,10 @@ type Server struct {
 	// it: MaxConns and Shutdown no longer concern it.
 	Take func(ctx context.Context, r *Request) (func(conn net.Conn), error)
 
+	// Granted, if set, is given the connection of a client that was answered with
+	// success, and returns the one that is relayed in its place, which owns it.
+	Granted func(client net.Conn) net.Conn
+
 	// HandshakeTimeout bounds the time from accept to the end of the request
 	// (SOCKS-9). 0 means DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
@@ -430,10 +434,14 @@ func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool
 		wire.Close()
 		return nil, nil, admitted
 	}
-	if len(w.early) > 0 {
-		return &earlyConn{Conn: session.conn, early: w.early}, wire, admitted
+	client = session.conn
+	if s.Granted != nil {
+		client = s.Granted(client)
 	}
-	return session.conn, wire, admitted
+	if len(w.early) > 0 {
+		client = &earlyConn{Conn: client, early: w.early}
+	}
+	return client, wire, admitted
 }
 
 // refuse tells the client why, if it is there to be told. Bytes that it goes on
@@ -514,7 +522,10 @@ func (c *earlyConn) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// SetLinger lets a relay reset the connection.
+// Abort lets a relay break the connection.
+func (c *earlyConn) Abort() error { return relay.Abort(c.Conn) }
+
+// SetLinger lets a relay have the connection reset when this process is killed.
 func (c *earlyConn) SetLinger(sec int) error {
 	if socket, ok := c.Conn.(interface{ SetLinger(sec int) error }); ok {
 		return socket.SetLinger(sec)

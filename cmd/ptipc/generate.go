@@ -6,12 +6,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 )
 
 func newGenerate(o *options) *cobra.Command {
-	var f execFlags
+	var f childFlags
 	cmd := &cobra.Command{
 		Use:   "generate EXE [OPTIONS]",
 		Short: "Make a configuration for a server and the one for its clients",
@@ -37,7 +36,10 @@ OPTIONS is a JSON object that only the transport knows, or @FILE.`,
 					return err
 				}
 			}
-			t := config.Transport{Exec: args[0], Plain: f.plain, ConfigVia: f.configVia, State: f.state}
+			t, err := f.config(args[0])
+			if err != nil {
+				return err
+			}
 			if err := t.Validate(); err != nil {
 				return fmt.Errorf("%w: %w", err, ptipc.ExitUsage)
 			}
@@ -54,8 +56,6 @@ OPTIONS is a JSON object that only the transport knows, or @FILE.`,
 			return out.Encode(map[string]ptipc.Opaque{"client": client, "server": server})
 		},
 	}
-	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\"")
-	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the options are handed over: stdin or argv, which every local user can read")
-	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
+	f.add(cmd)
 	return cmd
 }

@@ -31,8 +31,9 @@ const builtinPrefix = "builtin:"
 type opener struct {
 	options *options
 	log     *slog.Logger
-	self    string   // this executable, which is the child of builtin transports and the launcher
-	console *console // of ptipc run; nil for commands that nobody looks at
+	self    string                          // this executable, which is the child of builtin transports and the launcher
+	console *console                        // of ptipc run; nil for commands that nobody looks at
+	watch   func(name string, e host.Event) // nil: nobody watches the children
 }
 
 func newOpener(o *options) (*opener, error) {
@@ -60,6 +61,10 @@ func (o *opener) command(name string, t config.Transport) (*host.Command, error)
 	}
 	if runtime.GOOS == "linux" {
 		c.Launcher = []string{o.self, launchCommand}
+		if !t.Sandbox.Off {
+			c.Sandbox = &proc.Sandbox{Read: t.Sandbox.Read, Write: t.Sandbox.Write}
+		}
+		c.Limits = proc.Limits{Descriptors: t.Limits.Descriptors, Memory: t.Limits.MemoryMiB << 20, Processes: t.Limits.Processes}
 	}
 	if own, ok := strings.CutPrefix(t.Exec, builtinPrefix); ok {
 		if known := builtinTransport(own); known.Client == nil && known.Server == nil {
@@ -104,6 +109,9 @@ func (o *opener) events(name string) func(host.Event) {
 	return func(e host.Event) {
 		if o.console != nil {
 			o.console.event(name, e)
+		}
+		if o.watch != nil {
+			o.watch(name, e)
 		}
 		switch e.Kind {
 		case host.Started, host.Ready:
@@ -185,22 +193,49 @@ func completeExec(_ *cobra.Command, args []string, _ string) ([]string, cobra.Sh
 	return nil, cobra.ShellCompDirectiveNoFileComp
 }
 
-// execFlags are the flags of commands that take EXE CONFIG.
-type execFlags struct {
+// childFlags say how one child is started.
+type childFlags struct {
 	plain     bool
 	configVia string
-	factory   string
-	settings  string
 	state     string
-	proxy     string
+	sandbox   config.Sandbox
+}
+
+func (f *childFlags) add(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
+	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the configuration is handed over: stdin or argv, which every local user can read")
+	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
+	cmd.Flags().StringArrayVar(&f.sandbox.Read, "allow-read", nil, "a file or directory that the child may read, beside its state, the system's, and files that CONFIG names")
+	cmd.Flags().StringArrayVar(&f.sandbox.Write, "allow-write", nil, "one that it may change as well")
+	cmd.Flags().BoolVar(&f.sandbox.Off, "no-sandbox", false, "the child may use what this user may use")
+}
+
+// config is the child as HOST.json would have it.
+func (f *childFlags) config(exe string) (config.Transport, error) {
+	t := config.Transport{Exec: exe, State: f.state, ConfigVia: f.configVia, Plain: f.plain, Sandbox: f.sandbox}
+	if f.sandbox.Off && len(f.sandbox.Read)+len(f.sandbox.Write) > 0 {
+		return t, fmt.Errorf("--no-sandbox leaves nothing to be allowed; remove it, or --allow-read and --allow-write: %w", ptipc.ExitUsage)
+	}
+	base, err := os.Getwd()
+	if err != nil {
+		return t, err
+	}
+	t.Sandbox.Resolve(base)
+	return t, nil
+}
+
+// execFlags are the flags of commands that take EXE CONFIG.
+type execFlags struct {
+	childFlags
+	factory  string
+	settings string
+	proxy    string
 }
 
 func (f *execFlags) add(cmd *cobra.Command) {
-	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
-	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the configuration is handed over: stdin or argv, which every local user can read")
+	f.childFlags.add(cmd)
 	cmd.Flags().StringVar(&f.factory, "factory", "", "the connection factory; may be left out when there is one")
 	cmd.Flags().StringVar(&f.settings, "settings", "", "the connection settings, a JSON object, or @FILE")
-	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
 	cmd.Flags().StringVar(&f.proxy, "proxy", "", "upstream proxy of the transport: socks5://HOST:PORT, or @FILE for one with a password")
 }
 
@@ -219,10 +254,11 @@ func (f *execFlags) open(ctx context.Context, o *opener, exe, configText string)
 	if err != nil {
 		return nil, none, err
 	}
-	t := config.Transport{
-		Exec: exe, Config: ptipc.Opaque(object), State: f.state, ConfigVia: f.configVia, Plain: f.plain,
-		Proxy: strings.TrimSpace(proxy), Restart: config.Restart{Policy: "never"},
+	t, err := f.config(exe)
+	if err != nil {
+		return nil, none, err
 	}
+	t.Config, t.Proxy, t.Restart.Policy = ptipc.Opaque(object), strings.TrimSpace(proxy), "never"
 	if err := t.Validate(); err != nil {
 		return nil, none, fmt.Errorf("%w: %w", err, ptipc.ExitUsage)
 	}

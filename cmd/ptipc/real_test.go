@@ -392,6 +392,8 @@ func TestAttachAndForward(t *testing.T) {
 // language behaves like any other.
 func TestFrontOutlivesItsChild(t *testing.T) {
 	python, curl := testpeer.Need(t, "python3"), testpeer.Need(t, "curl")
+	// It may be a script that looks for one of several, in places that no sandbox knows.
+	found := strings.Fields(run(t, exec.CommandContext(t.Context(), python, "-c", "import sys; print(sys.executable, sys.base_prefix)")))
 	page := serve(t, func(conn *net.TCPConn) {
 		_, _ = bufio.NewReader(conn).ReadString('\n')
 		_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
@@ -402,7 +404,7 @@ func TestFrontOutlivesItsChild(t *testing.T) {
 	}
 	r := startTool(t, writeConfig(t, map[string]any{
 		"transports": map[string]any{"raw": map[string]any{
-			"exec": python, "args": []string{script}, "plain": true,
+			"exec": found[0], "args": []string{script}, "plain": true, "sandbox": map[string]any{"read": found[1:]},
 			"restart": map[string]any{"min": "10ms", "max": "1s"},
 		}},
 		"fronts": []any{map[string]any{"listen": "tcp://127.0.0.1:0", "serve": "socks5", "transport": "raw"}},

@@ -147,7 +147,22 @@ func describeChild(name string, t config.Transport) string {
 	if t.Plain || t.ConfigVia == "argv" {
 		via = "the command line"
 	}
-	return fmt.Sprintf("transport %s: child %s, configured by %s", name, t.Exec, via)
+	return fmt.Sprintf("transport %s: child %s, configured by %s, %s", name, t.Exec, via, sandboxed(t.Sandbox))
+}
+
+// sandboxed says which files a child may use, beside those that LIFE-12 lets it use.
+func sandboxed(s config.Sandbox) string {
+	if s.Off {
+		return "not sandboxed"
+	}
+	text := "sandboxed"
+	if len(s.Read) > 0 {
+		text += "\n    reads " + strings.Join(s.Read, ", ")
+	}
+	if len(s.Write) > 0 {
+		text += "\n    writes " + strings.Join(s.Write, ", ")
+	}
+	return text
 }
 
 func proxied(t config.Transport) string {

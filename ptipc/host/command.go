@@ -57,6 +57,11 @@ type Command struct {
 	Credential *proc.Credential
 	// Launcher is a command that calls [proc.Launch]; see [proc.Spec].
 	Launcher []string
+	// Sandbox and Limits restrict the child (LIFE-12, LIFE-13); they need Launcher.
+	// Every file that exists and is named by an absolute path, in Args or anywhere in
+	// the child's configuration, is added to what it may read.
+	Sandbox *proc.Sandbox
+	Limits  proc.Limits
 
 	// StartTimeout bounds the time until CMETHODS DONE (LIFE-1). 0 is 30 seconds.
 	StartTimeout time.Duration

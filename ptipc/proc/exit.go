@@ -21,7 +21,8 @@ type ExitError struct {
 	Duration time.Duration  // how long it lived
 	Stderr   []string       // the last lines of standard error, at most 20, safe to print
 
-	cause error // what made this package kill it, other than Stop
+	sandbox *Sandbox
+	cause   error // what made this package kill it, other than Stop
 }
 
 func (e *ExitError) Error() string {
@@ -40,6 +41,9 @@ func (e *ExitError) Error() string {
 		b.WriteString("; its last words on standard error:")
 		for _, line := range e.Stderr {
 			b.WriteString("\n\t" + line)
+		}
+		if hint := e.sandbox.Explain(strings.Join(e.Stderr, "\n")); hint != "" {
+			b.WriteString("\n" + hint)
 		}
 	}
 	return b.String()

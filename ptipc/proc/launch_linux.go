@@ -21,6 +21,7 @@ import (
 const (
 	lifelineFD = 3 // the read end of the lifeline: its end means kill everything
 	reportsFD  = 4 // where launchReports go
+	filesFD    = 5 // the first of the command's Files
 )
 
 // killAgain is how often what does not end is killed again.
@@ -30,14 +31,21 @@ const killAgain = 100 * time.Millisecond
 // command before it is started.
 type launchOrders struct {
 	Credential *Credential `json:"credential,omitempty"`
+	Sandbox    *Sandbox    `json:"sandbox,omitempty"`
+	Limits     Limits      `json:"limits,omitzero"`
+	Files      int         `json:"files,omitempty"` // how many the command inherits
 }
+
+// errRestrict: the command was not started, because it could not be restricted.
+var errRestrict = errors.New("not started without its restrictions")
 
 // launchReport is what a launcher tells, once when the command has started or has
 // not, and once when it has ended.
 type launchReport struct {
-	Pid    int                 `json:"pid,omitempty"`
-	Errno  syscall.Errno       `json:"errno,omitempty"`
-	Status *syscall.WaitStatus `json:"status,omitempty"`
+	Pid     int                 `json:"pid,omitempty"`
+	Errno   syscall.Errno       `json:"errno,omitempty"`   // why it could not be started, or
+	Problem string              `json:"problem,omitempty"` // what could not be done to it
+	Status  *syscall.WaitStatus `json:"status,omitempty"`
 }
 
 // Launch is the main function of a launcher, which Start runs when Spec.Launcher
@@ -59,11 +67,11 @@ func Launch(args []string) int {
 	}
 	l := &launch{reports: json.NewEncoder(os.NewFile(reportsFD, "reports"))}
 	if err := l.start(args); err != nil {
-		var errno syscall.Errno
-		if !errors.As(err, &errno) {
-			errno = syscall.EINVAL
+		report := launchReport{Errno: syscall.EINVAL}
+		if !errors.As(err, &report.Errno) || errors.Is(err, errRestrict) {
+			report.Problem = err.Error()
 		}
-		_ = l.reports.Encode(launchReport{Errno: errno})
+		_ = l.reports.Encode(report)
 		return int(ptipc.ExitOSErr)
 	}
 	go func() {
@@ -117,6 +125,10 @@ func (l *launch) start(args []string) error {
 		// In a group of its own the command cannot hit the launcher with kill(0).
 		Sys: &syscall.SysProcAttr{Setpgid: true},
 	}
+	for i := range orders.Files {
+		syscall.CloseOnExec(filesFD + i)
+		attr.Files = append(attr.Files, uintptr(filesFD+i))
+	}
 	if c := orders.Credential; c != nil {
 		attr.Sys.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
 	}
@@ -125,8 +137,18 @@ func (l *launch) start(args []string) error {
 		return err
 	}
 	defer null.Close()
+	if s := orders.Sandbox; s != nil { // LIFE-12: from here on this process is in it too
+		if err := s.enforce(args[1]); err != nil {
+			return fmt.Errorf("%w: %w", errRestrict, err)
+		}
+	}
 	if l.pid, err = syscall.ForkExec(args[1], args[1:], attr); err != nil {
 		return err
+	}
+	if err := orders.Limits.enforce(l.pid); err != nil { // LIFE-13
+		_ = syscall.Kill(l.pid, syscall.SIGKILL)
+		_, _ = syscall.Wait4(l.pid, nil, 0, nil)
+		return fmt.Errorf("%w: %w", errRestrict, err)
 	}
 	// The command's own end of a pipe must be the only one, or the host would not see
 	// it close.

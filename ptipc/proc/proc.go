@@ -45,6 +45,13 @@ type Spec struct {
 	// watchdog and also gets hold of descendants that leave the process group; on
 	// other systems it is not used.
 	Launcher []string
+	// Sandbox, if set, restricts which files the child may use.
+	Sandbox *Sandbox
+	// Limits bound what it may use of the machine.
+	Limits Limits
+	// Files are inherited by the child as the descriptors from 3 on, beside the standard
+	// streams. They may be closed once Start has returned. Windows refuses them.
+	Files []*os.File
 
 	// OnLine is given each line of standard output without its LF or CR LF. A line
 	// longer than MaxLine is given once, truncated to its first bytes, and so is a
@@ -179,7 +186,7 @@ func (s *Spec) complete() error {
 	if s.Log == nil {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
-	return nil
+	return s.checkRestrictions()
 }
 
 // resolve makes a path absolute: the child's directory is another one, and a
@@ -246,7 +253,7 @@ func (p *Process) supervise(outputs ...*os.File) {
 	p.tree.release()
 	p.exit = &ExitError{
 		Path: p.spec.Path, Code: end.code, Signal: end.signal, Stopped: stopped,
-		Duration: lived, Stderr: p.tail.lines(), cause: end.cause,
+		Duration: lived, Stderr: p.tail.lines(), sandbox: p.spec.Sandbox, cause: end.cause,
 	}
 	p.spec.Log.Debug("process ended", "path", p.spec.Path, "pid", p.Pid(), "code", end.code, "signal", end.signal)
 	close(p.done)

@@ -34,7 +34,7 @@ const (
 // while there are pairs.
 type loop struct {
 	mu    sync.Mutex
-	epfd  int             // valid while there are pairs
+	epfd  int             // 0 before the first pair
 	wake  int             // an eventfd, for cuts
 	pairs map[int32]*pair // by the id that epoll reports
 	last  int32
@@ -64,7 +64,7 @@ func (l *loop) add(p *pair) (first, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	first = len(l.pairs) == 0
-	if first && !l.open() {
+	if l.epfd == 0 && !l.open() {
 		return false, false
 	}
 	for { // ids wrap around
@@ -79,9 +79,6 @@ func (l *loop) add(p *pair) (first, ok bool) {
 			if i == 1 {
 				_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, p.legs[0].fd, nil)
 			}
-			if first {
-				l.close()
-			}
 			return false, false
 		}
 	}
@@ -92,33 +89,33 @@ func (l *loop) add(p *pair) (first, ok bool) {
 	return first, true
 }
 
+// open makes what the loop keeps for as long as the process lives: to make it anew
+// for each short connection would take five system calls of its sixty.
 func (l *loop) open() bool {
-	var err error
-	if l.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
 		return false
 	}
-	if l.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		unix.Close(l.epfd)
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(epfd)
 		return false
 	}
 	// Edge-triggered: each write to it is an event, and nobody has to read it.
-	err = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeID})
+	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeID})
 	if err != nil {
-		unix.Close(l.epfd)
-		unix.Close(l.wake)
+		unix.Close(epfd)
+		unix.Close(wake)
 		return false
 	}
-	if l.pairs == nil {
-		l.pairs = make(map[int32]*pair)
-	}
+	l.epfd, l.wake, l.pairs = epfd, wake, make(map[int32]*pair)
 	return true
 }
 
 const wakeID = -1
 
-func (l *loop) close() {
-	unix.Close(l.epfd)
-	unix.Close(l.wake)
+// rest lets go of what an idle loop does not need.
+func (l *loop) rest() {
 	for _, p := range l.pipes {
 		p.close()
 	}
@@ -340,6 +337,8 @@ func (l *loop) fill(p *pair, i int) {
 	switch {
 	case n > 0:
 		src.received(n)
+	case err == nil && src.end != nil && !src.end.Marked():
+		p.failed = readFailed(errBroken)
 	case err == nil:
 		f.eof = true
 		f.readable = false
@@ -419,7 +418,11 @@ func (l *loop) passEnd(p *pair, i int) {
 	}
 	f := &p.flows[i]
 	f.done = true
-	if err := unix.Shutdown(p.legs[1-i].fd, unix.SHUT_WR); err != nil {
+	dst := &p.legs[1-i]
+	if dst.end != nil {
+		dst.end.Mark()
+	}
+	if err := unix.Shutdown(dst.fd, unix.SHUT_WR); err != nil {
 		l.writeFailed(p, i, err)
 	}
 }
@@ -455,7 +458,7 @@ func (l *loop) finish(p *pair) (last bool) {
 	delete(l.pairs, p.id)
 	last = len(l.pairs) == 0
 	if last {
-		l.close()
+		l.rest()
 	}
 	close(p.done)
 	return last

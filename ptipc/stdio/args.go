@@ -11,6 +11,7 @@ const (
 	ArgBound = "bound" // bound=1: the factory is bound
 	ArgStats = "stats" // stats=1: the child answers STATS
 	ArgProxy = "proxy" // proxy=1: the server connects its clients itself
+	ArgEnds  = "ends"  // ends=1: the child marks the ends of streams
 )
 
 // Args are the ARGS of a CMETHOD or SMETHOD line in their order. Keys that nobody knows are
@@ -36,6 +37,9 @@ func (a Args) Stats() bool { v, _ := a.Get(ArgStats); return v == "1" }
 // Proxy reports whether the server connects its clients itself; otherwise it hands
 // their connections over (SRV-2).
 func (a Args) Proxy() bool { v, _ := a.Get(ArgProxy); return v == "1" }
+
+// Ends reports whether the child marks the ends of streams (SOCKS-20).
+func (a Args) Ends() bool { v, _ := a.Get(ArgEnds); return v == "1" }
 
 const argsPrefix = "ARGS:"
 

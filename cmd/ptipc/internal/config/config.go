@@ -48,6 +48,9 @@ type Transport struct {
 	Proxy     string          `json:"proxy,omitempty"`      // upstream proxy (PROXY-3)
 	User      string          `json:"user,omitempty"`       // user to run as, by name or number
 
+	Sandbox Sandbox `json:"sandbox,omitzero"` // what it may use of the file system
+	Limits  Limits  `json:"limits,omitzero"`  // and of the machine
+
 	Restart      Restart  `json:"restart,omitempty"`
 	StartTimeout Duration `json:"start_timeout,omitempty"`
 	StopTimeout  Duration `json:"stop_timeout,omitempty"`
@@ -142,6 +145,7 @@ func (f *File) resolve(base string) {
 			t.State = filepath.Join(base, t.State)
 		}
 		t.Signals.resolve(base)
+		t.Sandbox.Resolve(base)
 		f.Transports[name] = t
 	}
 	for i := range f.Fronts {
@@ -220,6 +224,9 @@ func (t *Transport) Validate() error {
 	}
 	if err := t.validateServer(); err != nil {
 		return err
+	}
+	if len(t.Attach) > 0 && (t.Sandbox.set() || t.Limits != Limits{}) {
+		return &ptipc.ConfigError{Pointer: "/attach", Problem: "is a child that runs already, which cannot be restricted any more", Remedy: `remove "sandbox" and "limits"`}
 	}
 	if t.Signals.set() && len(t.Attach) > 0 {
 		return &ptipc.ConfigError{Pointer: "/signals", Problem: "need control lines, which a child that runs already does not have here", Remedy: `remove them, or start the child with "exec"`}
