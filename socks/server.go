@@ -91,6 +91,10 @@ type Server struct {
 	// connection ends. ctx bounds the call.
 	Associate func(ctx context.Context, r *Request) (Association, error)
 
+	// Granted, if set, is given the connection of a client that was answered with
+	// success, and returns the one that is relayed in its place, which owns it.
+	Granted func(client net.Conn) net.Conn
+
 	// HandshakeTimeout bounds the time from accept to the end of the request
 	// (SOCKS-9). 0 means DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
@@ -457,10 +461,14 @@ func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool
 		wire.Close()
 		return nil, nil, admitted
 	}
-	if len(w.early) > 0 {
-		return &earlyConn{Conn: session.conn, early: w.early}, wire, admitted
+	client = session.conn
+	if s.Granted != nil {
+		client = s.Granted(client)
 	}
-	return session.conn, wire, admitted
+	if len(w.early) > 0 {
+		client = &earlyConn{Conn: client, early: w.early}
+	}
+	return client, wire, admitted
 }
 
 // associate serves one association for as long as its client's connection lives.
@@ -605,7 +613,10 @@ func (c *earlyConn) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// SetLinger lets a relay reset the connection.
+// Abort lets a relay break the connection.
+func (c *earlyConn) Abort() error { return relay.Abort(c.Conn) }
+
+// SetLinger lets a relay have the connection reset when this process is killed.
 func (c *earlyConn) SetLinger(sec int) error {
 	if socket, ok := c.Conn.(interface{ SetLinger(sec int) error }); ok {
 		return socket.SetLinger(sec)

@@ -90,8 +90,8 @@ func startCoturn(tb testing.TB) *relayer {
 }
 
 // oneByOne is a socket that sends as most programs do: a datagram is a datagram.
-func oneByOne(c *net.UDPConn, connected bool) socket {
-	s := newSocket(c, connected)
+func oneByOne(c *net.UDPConn) socket {
+	s := newSocket(c, false)
 	s.(*udpSocket).segment.Store(0)
 	return s
 }
@@ -107,7 +107,7 @@ func (r *relayer) run(tb testing.TB, window int, d time.Duration) load {
 	tb.Helper()
 	peer := listenUDP(tb, "127.0.0.1")
 	done := make(chan struct{})
-	go func() { defer close(done); echo(oneByOne(peer, false)) }()
+	go func() { defer close(done); echo(oneByOne(peer)) }()
 	defer func() { _ = peer.Close(); <-done }()
 	peerAddr := peer.LocalAddr().(*net.UDPAddr).AddrPort()
 	c := newRawClient(tb, r.addr, roleCredentials)
@@ -125,7 +125,7 @@ func (r *relayer) run(tb testing.TB, window int, d time.Duration) load {
 	if r.turn {
 		putChannel(datagram, minChannel)
 	}
-	sock := oneByOne(c.UDPConn, true)
+	sock := oneByOne(c.UDPConn)
 	_ = c.SetDeadline(time.Time{})
 	var times []time.Duration
 	began, cpu, count := time.Now(), r.cpu(tb), 0
@@ -186,20 +186,18 @@ func median(v []float64) float64 {
 //	go test -run - -bench Relay -benchtime 1x ./turn
 func BenchmarkRelay(b *testing.B) {
 	rounds, each := 7, 700*time.Millisecond
-	relayers := []*relayer{startRole(b, "turn"), startCoturn(b), startRole(b, "relay")}
-	b.ResetTimer()
+	relayers := []*relayer{startRole(b, "turn"), startCoturn(b), {name: "relay"}}
 	for range b.N {
 		results := make([][]load, len(relayers))
 		for range rounds {
 			for i, r := range relayers {
-				if r.name == "relay" { // it has one client in its life
-					r = startRole(b, "relay")
+				next := func() *relayer {
+					if r.process == nil { // it has one client in its life
+						return startRole(b, r.name)
+					}
+					return r
 				}
-				l := r.run(b, 64, each)
-				if r.name == "relay" {
-					r = startRole(b, "relay")
-				}
-				one := r.run(b, 1, each)
+				l, one := next().run(b, 64, each), next().run(b, 1, each)
 				l.latency = one.latency
 				results[i] = append(results[i], l)
 				b.Logf("%-7s %8.0f round trips/s  %5.2f us CPU  latency %v, %5.2f us CPU", r.name, l.rate, float64(l.cpu)/1000, l.latency, float64(one.cpu)/1000)

@@ -25,7 +25,7 @@ const (
 	lastNumber     = 0x4FFF           //
 	numberPause    = 16 * time.Minute // a channel's lifetime and five minutes (RFC 5766, section 11)
 	rebindAfter    = 4 * time.Minute  // less than a permission's lifetime
-	refreshAtLeast = 30 * time.Second // so that the end of an allocation is noticed
+	refreshAtLeast = 10 * time.Second // so that the end of an allocation is noticed
 	rebindsAtOnce  = 16
 	refusalPause   = time.Second // before a peer is tried again that the server refused
 )

@@ -61,7 +61,7 @@ func newBatch(size int) *batch {
 var (
 	batches = sync.Pool{New: func() any { return newBatch(batchSize) }}
 	singles = sync.Pool{New: func() any { return newBatch(1) }}
-	wides   = sync.Pool{New: func() any { return newBatch(0) }} // its packets are cut out of larger pieces
+	wides   = sync.Pool{New: func() any { return newBatch(0) }} // what they receive is for reading only
 )
 
 func (b *batch) release() {

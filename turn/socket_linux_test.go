@@ -1,11 +1,13 @@
 package turn
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -122,16 +124,23 @@ func TestFamilies(t *testing.T) {
 	}
 }
 
-// What the network takes only in fragments, and the kernel does not segment, is sent all the same.
-func TestSmallNetwork(t *testing.T) {
+// ownNetwork moves the test to a network of its own. Only what the test's own goroutine
+// opens is there.
+func ownNetwork(t *testing.T, mtu int) {
+	t.Helper()
 	ip := testpeer.Need(t, "ip")
 	runtime.LockOSThread() // the namespace is the thread's, and the thread ends with this test
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		testpeer.Skip(t, "there can be no network of our own: "+err.Error())
 	}
-	if out, err := exec.Command(ip, "link", "set", "lo", "up", "mtu", "1300").CombinedOutput(); err != nil {
+	if out, err := exec.Command(ip, "link", "set", "lo", "up", "mtu", fmt.Sprint(mtu)).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+}
+
+// What the network takes only in fragments, and the kernel does not segment, is sent all the same.
+func TestSmallNetwork(t *testing.T) {
+	ownNetwork(t, 1300)
 	from, to := listenUDP(t, "127.0.0.1"), listenUDP(t, "127.0.0.1")
 	patient(t, to)
 	sender := newSocket(from, false).(*udpSocket)
@@ -140,5 +149,36 @@ func TestSmallNetwork(t *testing.T) {
 	}
 	if got := sender.segment.Load(); got != 1399 {
 		t.Errorf("datagrams up to %d bytes are segmented, want 1399", got)
+	}
+}
+
+// TURN-15: the kernel loses a fifth of all datagrams between the client and the server,
+// each way, and QUIC gets everything all the same.
+func TestDownloadWithLoss(t *testing.T) {
+	nft := testpeer.Need(t, "nft")
+	ownNetwork(t, 1500)
+	relay, err := directPackets(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{Packets: func(context.Context) (net.PacketConn, error) { return relay, nil }}
+	addr := startServer(t, s)
+	rules := fmt.Sprintf(`table ip lossy {
+		chain in {
+			type filter hook input priority 0
+			udp dport %[1]d numgen random mod 100 < 20 counter drop
+			udp sport %[1]d numgen random mod 100 < 20 counter drop
+		}
+	}`, addr.Port())
+	cmd := exec.Command(nft, "-f", "-")
+	cmd.Stdin = strings.NewReader(rules)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		testpeer.Skip(t, fmt.Sprintf("nftables cannot lose datagrams here: %v: %s", err, out))
+	}
+	conn := mustDial(t, addr, s.Credentials)
+	download(t, conn, 1e6)
+	out, err := exec.Command(nft, "list", "table", "ip", "lossy").CombinedOutput()
+	if err != nil || strings.Contains(string(out), "counter packets 0 ") {
+		t.Errorf("nothing was lost: %v\n%s", err, out)
 	}
 }

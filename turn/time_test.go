@@ -309,3 +309,33 @@ func TestSilentServer(t *testing.T) {
 		}
 	})
 }
+
+// TURN-9: one client does not fill the server's memory. What has expired makes room.
+func TestRoom(t *testing.T) {
+	s := &Server{}
+	inBubble(t, s, func(t *testing.T, n *memNet, c *memClient) {
+		c.must(t, stun.MethodAllocate, requestUDP, uint32Attribute(stun.AttrLifetime, 3000))
+		a := s.guards[0].client(c.addr)
+		one, two := netip.MustParseAddrPort("192.0.2.1:7"), netip.MustParseAddrPort("192.0.2.2:7")
+		fill := func(i int) netip.AddrPort {
+			return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 7)
+		}
+		for i := range maxPermissions - 1 {
+			a.permit([]netip.AddrPort{fill(i)}, time.Now())
+		}
+		c.refused(t, 508, stun.MethodCreatePermission, peerAddress(one), peerAddress(two))
+		c.must(t, stun.MethodCreatePermission, peerAddress(one))
+		c.must(t, stun.MethodCreatePermission, peerAddress(one), peerAddress(fill(0))) // which there are already
+		c.refused(t, 508, stun.MethodCreatePermission, peerAddress(two))
+		c.refused(t, 508, stun.MethodChannelBind, channelNumber(minChannel), peerAddress(two))
+		time.Sleep(permissionLifetime)
+		c.must(t, stun.MethodCreatePermission, peerAddress(two))
+
+		for i := range maxChannels {
+			a.bind(uint16(minChannel+i), netip.AddrPortFrom(one.Addr(), uint16(i+1)), time.Now())
+		}
+		c.refused(t, 508, stun.MethodChannelBind, channelNumber(maxChannel), peerAddress(two))
+		time.Sleep(channelLifetime)
+		c.must(t, stun.MethodChannelBind, channelNumber(maxChannel), peerAddress(two))
+	})
+}

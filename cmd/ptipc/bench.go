@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"pthost/cmd/ptipc/internal/bench"
-	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 	"pthost/ptipc/host"
 	"pthost/ptipc/stdio"
@@ -34,12 +33,13 @@ type benchFlags struct {
 	rounds   int
 	conns    int
 	only     []string
+	soak     time.Duration
 }
 
 func newBench(o *options) *cobra.Command {
 	var f benchFlags
 	cmd := &cobra.Command{
-		Use:   "bench EXE CONFIG",
+		Use:   "bench {EXE CONFIG | --soak DURATION}",
 		Short: "Measure a transport beside the bare kernel path",
 		Long: `Measures a transport's child: bulk throughput and its CPU time, dials, one-byte
 round trips, idle connections, the time from spawn to ready, and datagrams: how
@@ -61,14 +61,29 @@ With --listen or --proxy it stays in the network that is there.
 
 User memory is that of anonymous pages of the child and its descendants. Kernel
 memory is what all slabs of the system have grown by: it covers the sockets of the
-whole path from load to far end, and what else the system did meanwhile.`,
+whole path from load to far end, and what else the system did meanwhile.
+
+With --soak it measures nothing but endurance: the chain of ptipc run is put under
+load for so long, while its children are killed, its carriers cut, its descriptors
+used up and, as root on Linux, its disk filled. Every connection has to finish, or to
+fail with an error; one that ends as if it were complete and is not makes the exit
+code 1.`,
 		Example: `  ptipc bench builtin:direct '{}'
   ptipc bench ./pt-x @pt-x.json --only bulk,dial --json
   ptipc bench ./pt-bound @client.json --listen 127.0.0.1:7000
-  ptipc bench builtin:scramble @client.json --listen 127.0.0.1:7000 --packets-to 127.0.0.1:4444`,
-		Args:              usageArgs(cobra.ExactArgs(2)),
+  ptipc bench builtin:scramble @client.json --listen 127.0.0.1:7000 --packets-to 127.0.0.1:4444
+  ptipc bench --soak 20m`,
+		Args: usageArgs(func(cmd *cobra.Command, args []string) error {
+			if f.soak != 0 {
+				return cobra.NoArgs(cmd, args)
+			}
+			return cobra.ExactArgs(2)(cmd, args)
+		}),
 		ValidArgsFunction: completeExec,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if f.soak != 0 {
+				return f.runSoak(cmd, o)
+			}
 			return f.run(cmd, o, args[0], args[1])
 		},
 	}
@@ -80,6 +95,7 @@ whole path from load to far end, and what else the system did meanwhile.`,
 	cmd.Flags().IntVar(&f.rounds, "rounds", 7, "how many rounds there are")
 	cmd.Flags().IntVar(&f.conns, "idle", 1000, "how many idle connections there are")
 	cmd.Flags().StringSliceVar(&f.only, "only", nil, "measure these alone: "+strings.Join(bench.Groups, ", "))
+	cmd.Flags().DurationVar(&f.soak, "soak", 0, "put the chain of ptipc run under load for so long while things go wrong")
 	err := cmd.RegisterFlagCompletionFunc("only", cobra.FixedCompletions(bench.Groups, cobra.ShellCompDirectiveNoFileComp))
 	if err != nil {
 		panic(err) // the flag was defined a line above
@@ -192,10 +208,11 @@ func (f *benchFlags) child(o *opener, exe, configText, state string) (func(ctx c
 	if err != nil {
 		return nil, err
 	}
-	t := config.Transport{
-		Exec: exe, Config: ptipc.Opaque(object), ConfigVia: f.configVia, Plain: f.plain,
-		Proxy: strings.TrimSpace(proxy), Restart: config.Restart{Policy: "never"},
+	t, err := f.config(exe)
+	if err != nil {
+		return nil, err
 	}
+	t.Config, t.Proxy, t.Restart.Policy = ptipc.Opaque(object), strings.TrimSpace(proxy), "never"
 	if err := t.Validate(); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ptipc.ExitUsage)
 	}

@@ -31,8 +31,9 @@ const builtinPrefix = "builtin:"
 type opener struct {
 	options *options
 	log     *slog.Logger
-	self    string   // this executable, which is the child of builtin transports and the launcher
-	console *console // of ptipc run; nil for commands that nobody looks at
+	self    string                          // this executable, which is the child of builtin transports and the launcher
+	console *console                        // of ptipc run; nil for commands that nobody looks at
+	watch   func(name string, e host.Event) // nil: nobody watches the children
 }
 
 func newOpener(o *options) (*opener, error) {
@@ -108,6 +109,9 @@ func (o *opener) events(name string) func(host.Event) {
 	return func(e host.Event) {
 		if o.console != nil {
 			o.console.event(name, e)
+		}
+		if o.watch != nil {
+			o.watch(name, e)
 		}
 		switch e.Kind {
 		case host.Started, host.Ready:

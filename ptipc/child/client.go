@@ -30,6 +30,7 @@ type client struct {
 	serving   sync.WaitGroup
 
 	relayed relay.Meter // what is open now
+	clients relay.Meter // the host's ends of it
 	mu      sync.Mutex
 	conns   map[string]ptipc.Conn // by the client's name, for STATS (STAT-3)
 }
@@ -97,7 +98,8 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 			}
 			return c.track(localnet.ClientName(r.Client.RemoteAddr()), conn), nil
 		},
-		Log: c.logger(),
+		Granted: c.granted,
+		Log:     c.logger(),
 	}
 	c.servers = append(c.servers, server)
 	c.serving.Go(func() {
@@ -106,6 +108,9 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 		}
 	})
 	args := stdio.Args{{Key: stdio.ArgStats, Value: "1"}}
+	if c.ends != nil && c.host.Listen == stdio.ListenUnix {
+		args = append(args, stdio.KV{Key: stdio.ArgEnds, Value: "1"})
+	}
 	if factory.Bound {
 		args = append(args, stdio.KV{Key: stdio.ArgBound, Value: "1"})
 	}
@@ -176,6 +181,16 @@ func (c *client) announcePackets(name string, factory ptipc.PacketFactory, crede
 			{Key: stdio.ArgRealm, Value: credentials.Realm},
 		},
 	})
+}
+
+// granted is what the host's connection is relayed as: one that knows a break from an
+// end (SOCKS-20).
+func (c *client) granted(conn net.Conn) net.Conn {
+	end := c.ends.Accepted(conn.RemoteAddr())
+	if end == nil {
+		return conn
+	}
+	return c.clients.Conn(conn, relay.Options{End: end})
 }
 
 // track keeps a connection under its client's name until it is closed.

@@ -25,6 +25,7 @@ type link struct {
 	host stdio.Host
 	out  *stdio.Writer
 	in   chan ptipc.Message // signals that have come (SIG-1)
+	ends *localnet.Ends     // where the ends of streams are marked (SOCKS-20); nil if nowhere
 }
 
 // maxSignals bounds the signals that wait for a transport that does not receive
@@ -32,7 +33,16 @@ type link struct {
 const maxSignals = 64
 
 func newLink(dir string, host stdio.Host, stdout io.Writer) *link {
-	return &link{dir: dir, host: host, out: stdio.NewWriter(stdout), in: make(chan ptipc.Message, maxSignals)}
+	l := &link{dir: dir, host: host, out: stdio.NewWriter(stdout), in: make(chan ptipc.Message, maxSignals)}
+	if host.Ends != 0 {
+		ends, err := localnet.InheritEnds(host.Ends)
+		if err != nil {
+			// A script that has started us may have closed it. The host is not told ends=1.
+			l.logger().Warn("a stream that breaks cannot be told from one that ends", "err", err)
+		}
+		l.ends = ends
+	}
+	return l
 }
 
 // env is what the transport is given, its way out included.

@@ -31,6 +31,7 @@ type server struct {
 
 	serving   sync.WaitGroup // the accept loop
 	delivered sync.WaitGroup // connections
+	hosts     relay.Meter    // the ends of them that lead to the host
 	cut       context.CancelFunc
 	handing   context.Context // ends when connections are cut
 }
@@ -50,6 +51,9 @@ func (s *server) open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) e
 		}
 		s.wire, s.manager = wire, wire
 		s.handing, s.cut = context.WithCancel(context.Background())
+		if s.ends != nil && s.deliver.Unix() {
+			args = append(args, stdio.KV{Key: stdio.ArgEnds, Value: "1"})
+		}
 		s.serving.Go(s.accept)
 	} else {
 		manager, err := s.factory.Proxy(ctx, config, env)
@@ -133,8 +137,9 @@ func (s *server) dialHost(remote net.Addr) (net.Conn, error) {
 		return nil, err
 	}
 	var conn net.Conn
+	var end *localnet.End
 	if s.deliver.Unix() {
-		conn, err = s.dir.Dial(ctx, s.deliver.Name())
+		conn, end, err = s.dir.DialEnd(ctx, s.deliver.Name(), s.ends)
 	} else {
 		conn, err = localnet.DialTCP(ctx, s.deliver)
 	}
@@ -143,9 +148,13 @@ func (s *server) dialHost(remote net.Addr) (net.Conn, error) {
 	}
 	if err := socks.Connect(ctx, conn, settings, ""); err != nil {
 		_ = conn.Close() // nothing was sent through it
+		end.Release()
 		return nil, err
 	}
-	return conn, nil
+	if end == nil {
+		return conn, nil
+	}
+	return s.hosts.Conn(conn, relay.Options{End: end, OnClose: end.Release}), nil
 }
 
 func (s *server) wait() error { return s.manager.Wait() }

@@ -270,9 +270,12 @@ func (t *trial) keepsSecret(c *child, secret string) {
 }
 
 // unixChild is a child of the case's own that listens on a unix socket.
-func (t *trial) unixChild() *child {
+func (t *trial) unixChild() *child { return t.unixChildWith(false) }
+
+// unixChildWith may hand it memory in which the ends of streams are marked.
+func (t *trial) unixChildWith(ends bool) *child {
 	t.extended()
-	c := t.ready(launch{host: map[string]any{"listen": "unix"}})
+	c := t.ready(launch{host: map[string]any{"listen": "unix"}, ends: ends})
 	if m := t.method(c); !strings.HasPrefix(m.addr, "unix:") {
 		t.cannot("the child listens on %s, not on the unix socket that HOST asked for", m.addr)
 	}

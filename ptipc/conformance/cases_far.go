@@ -252,7 +252,7 @@ func (f *fullServer) accept() (far *wire, got string) {
 			t.fell(expected, "%q and then: %v", b, err)
 		}
 		t.show("far end <", b)
-		return &wire{t, "far end", conn}, string(b)
+		return &wire{t: t, who: "far end", conn: conn}, string(b)
 	}
 }
 

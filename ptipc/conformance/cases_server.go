@@ -292,7 +292,10 @@ func (t *trial) startServer(config string, host map[string]any) *child {
 }
 
 // serve starts a server that delivers to the suite.
-func (t *trial) serve() *server {
+func (t *trial) serve() *server { return t.serveWith(false) }
+
+// serveWith may hand it memory in which the ends of streams are marked.
+func (t *trial) serveWith(ends bool) *server {
 	if t.suite.unready {
 		t.cannot("the child did not get ready before")
 	}
@@ -300,8 +303,13 @@ func (t *trial) serve() *server {
 	s := &server{t: t, conns: make(chan net.Conn), over: make(chan struct{})}
 	var listener *localnet.Listener
 	accepting := make(chan struct{})
+	host := map[string]any{"deliver": "unix:" + deliverName}
+	if ends {
+		host["ends"] = endsFD
+	}
 	s.child = t.start(launch{
-		args: []string{roleServer, pair.server, t.suite.host(map[string]any{"deliver": "unix:" + deliverName})},
+		args: []string{roleServer, pair.server, t.suite.host(host)},
+		ends: ends,
 		prepare: func(dir *localnet.Dir) (err error) {
 			listener, err = dir.Listen(deliverName)
 			return err
@@ -354,7 +362,7 @@ func (s *server) dial() *wire {
 		t.fell("a connection to the wire at "+s.method.addr, "%v", err)
 	}
 	t.onEnd(func() { conn.Close() })
-	return &wire{t, "wire's client", conn}
+	return &wire{t: t, who: "wire's client", conn: conn}
 }
 
 // A delivery is a connection that the server hands to the suite.
@@ -366,7 +374,7 @@ func (s *server) accepted() *delivery {
 	select {
 	case conn := <-s.conns:
 		t.onEnd(func() { conn.Close() })
-		return &delivery{&wire{t, "host", conn}}
+		return &delivery{&wire{t, "host", conn, s.ends.Accepted(conn.RemoteAddr())}}
 	case <-time.After(t.suite.patience):
 	case <-t.ctx.Done():
 	}

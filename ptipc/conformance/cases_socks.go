@@ -368,7 +368,7 @@ var socksCases = []Case{
 		var conn net.Conn
 		t.need(asUser(nobodyUID, func() (err error) { conn, err = connect(t.ctx, c, m); return err }))
 		t.onEnd(func() { conn.Close() })
-		w := &wire{t, "client", conn}
+		w := &wire{t: t, who: "client", conn: conn}
 		w.send(greeting(none))
 		w.chosen(none)
 		w.close()
@@ -459,7 +459,7 @@ func (t *trial) refusesUser(c *child, dial func(method) (net.Conn, error)) {
 		return
 	}
 	t.onEnd(func() { conn.Close() })
-	w := &wire{t, fmt.Sprintf("client, as user %d,", nobodyUID), conn}
+	w := &wire{t: t, who: fmt.Sprintf("client, as user %d,", nobodyUID), conn: conn}
 	w.send(greeting(none))
 	b, err := w.try(1, t.suite.patience)
 	if len(b) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {

@@ -34,6 +34,9 @@ type launch struct {
 	onDone func(*child)   // called as soon as CMETHODS DONE has come
 	// prepare does what a host does in the state directory before the child starts.
 	prepare func(*localnet.Dir) error
+	// ends hands the child memory in which the ends of streams are marked, and says so in
+	// HOST unless args are given.
+	ends bool
 }
 
 // outLine is a line of standard output without its LF.
@@ -47,6 +50,7 @@ type method struct{ name, protocol, addr, args string }
 
 func (m method) bound() bool { return strings.Contains(","+m.args+",", ",bound=1,") }
 func (m method) stats() bool { return strings.Contains(","+m.args+",", ",stats=1,") }
+func (m method) ends() bool  { return strings.Contains(","+m.args+",", ",ends=1,") }
 
 var cmethod = regexp.MustCompile(`^CMETHOD (\S+) (\S+) (\S+)(?: ARGS:(.*))?$`)
 
@@ -55,7 +59,8 @@ type child struct {
 	proc  *proc.Process
 	base  string // holds state, home and the like
 	dir   *localnet.Dir
-	nextN uint64 // of a STATS
+	ends  *localnet.Ends // nil if it was given none
+	nextN uint64         // of a STATS
 
 	mu     sync.Mutex
 	out    []outLine
@@ -102,8 +107,16 @@ func (s *suite) arguments(l launch) []string {
 	if s.subject.Plain {
 		return []string{config}
 	}
-	return []string{"client", config, s.host(l.host)}
+	host := l.host
+	if l.ends {
+		host = maps.Clone(host)
+		host["ends"] = endsFD
+	}
+	return []string{"client", config, s.host(host)}
 }
+
+// endsFD is the descriptor that a child with ends is given.
+const endsFD = 3
 
 // start starts a child, which is stopped at the end of the case.
 func (t *trial) start(l launch) *child {
@@ -138,6 +151,19 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 			return nil, err
 		}
 	}
+	var files []*os.File
+	if l.ends {
+		ends, file, err := localnet.NewEnds()
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+		case err != nil:
+			_ = c.dir.Close()
+			return nil, err
+		default:
+			defer file.Close()
+			c.ends, files = ends, []*os.File{file}
+		}
+	}
 	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], s.arguments(l)...)
 	if l.files > 0 {
 		if runtime.GOOS == "windows" {
@@ -148,7 +174,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 		path = "/bin/sh"
 	}
 	c.proc, err = proc.Start(ctx, proc.Spec{
-		Path: path, Args: args, Dir: state, Env: env,
+		Path: path, Args: args, Dir: state, Env: env, Files: files,
 		OnLine: func(line []byte, truncated bool) {
 			c.mu.Lock()
 			if len(c.out) < maxKept {

@@ -31,13 +31,27 @@ type wire struct {
 	t    *trial
 	who  string // whose end of it, for the report
 	conn net.Conn
+	mine *localnet.End // this end; nil where none are marked
 }
 
 // dial connects to the child.
 func (t *trial) dial(c *child) *wire {
+	if addr, err := localnet.ParseAddr(t.method(c).addr); err == nil && addr.Unix() && c.ends != nil {
+		return t.dialMarked(c, addr)
+	}
 	conn := t.connect(c)
 	t.onEnd(func() { conn.Close() })
-	return &wire{t, "client", conn}
+	return &wire{t: t, who: "client", conn: conn}
+}
+
+// dialMarked is dial with a place where the ends are marked.
+func (t *trial) dialMarked(c *child, addr localnet.Addr) *wire {
+	conn, end, err := c.dir.DialEnd(t.ctx, addr.Name(), c.ends)
+	if err != nil {
+		t.fell("a connection to "+addr.String(), "%v", err)
+	}
+	t.onEnd(func() { conn.Close() })
+	return &wire{t, "client", conn, end}
 }
 
 // connect is patient with a socket that does not listen yet: LINE-7 has a case for

@@ -98,6 +98,7 @@ var (
 	ofFree        = []string{
 		"SOCKS-12/nowhere", "SOCKS-13/name", "SOCKS-14/hang-up", "SOCKS-14/end-without-early-data", "SOCKS-14/end-after-early-data",
 		"SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/broken-far-end", "SOCKS-15/broken-client",
+		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client",
 		"ERR-1/refused", "ERR-1/unknown-name", "ERR-2/same-class", "PROXY-1/failing", "PROXY-3/name",
 	}
 	ofExtended = []string{
@@ -105,6 +106,7 @@ var (
 		"ARG-5/unknown-keys", "ARG-5/listen-unix", "LINE-3/no-version", "SOCKS-17/other-user-unix", "SOCKS-17/socket-mode",
 		"SOCKS-17/host-user", "PROXY-1/done-first", "PROXY-1/not-around", "PROXY-1/failing", "PROXY-1/unreachable", "PROXY-1/unusable",
 		"PROXY-3/name", "PROXY-3/password", "PROXY-3/secret",
+		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client",
 	}
 	ofStats = []string{
 		"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id", "LINE-1/cr",
@@ -243,8 +245,13 @@ var (
 		{"dials nowhere", []string{"SOCKS-12/nowhere"}},
 		{"does not see a hang-up", []string{"SOCKS-14/hang-up", "SOCKS-14/end-without-early-data"}},
 		{"takes a half-close for a hang-up", []string{"SOCKS-14/end-after-early-data"}},
-		{"ends both directions at once", []string{"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk"}},
-		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client"}},
+		{"ends both directions at once", []string{
+			"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk", "SOCKS-20/clean",
+		}},
+		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client"}},
+		{"marks nothing", []string{"SOCKS-20/clean"}},
+		{"marks what broke", []string{"SOCKS-20/broken-far-end"}},
+		{"does not look at marks", []string{"SOCKS-21/broken-client"}},
 		{"lets everybody in", []string{"SOCKS-17/other-user"}},
 		{"open unix socket", []string{"SOCKS-17/socket-mode"}},
 		{"open to everybody", []string{"SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/socket-mode"}},
@@ -315,16 +322,21 @@ var (
 		{"server: announces port 0", []string{
 			"SRV-1/announced", "SRV-3/delivers", "SRV-3/nothing-before-the-reply", "SRV-3/refused", "SRV-3/half-close",
 			"STAT-2/server", "LIFE-2/server", "LIFE-3/server", "SIG-1/ignored",
+			"SOCKS-20/server-clean", "SOCKS-20/server-broken-client", "SOCKS-21/server-broken-host",
 		}},
 		{"server: exits with 1 for a bad configuration", []string{"SRV-1/error"}},
 		{"server: ARGS with a bad escape", []string{"SRV-2/args"}},
 		{"server: hides the client's address", []string{"SRV-3/delivers"}},
 		{"server: sends before the reply", []string{
 			"SRV-3/nothing-before-the-reply", "SRV-3/refused", "SRV-3/half-close", "STAT-2/server",
+			"SOCKS-21/server-broken-host",
 		}},
 		{"server: does not read the reply", []string{"SRV-3/refused"}},
 		{"server: needs no deliver", []string{"SRV-3/no-deliver"}},
-		{"server: ends both directions at once", []string{"SRV-3/half-close"}},
+		{"server: ends both directions at once", []string{"SRV-3/half-close", "SOCKS-21/server-broken-host"}},
+		{"server: marks nothing", []string{"SOCKS-20/server-clean"}},
+		{"server: marks what broke", []string{"SOCKS-20/server-broken-client"}},
+		{"server: does not look at marks", []string{"SOCKS-21/server-broken-host"}},
 		{"server: counts nothing", []string{"STAT-2/server"}},
 		{"server: cuts at the end", []string{"LIFE-2/server"}},
 		{"server: cuts on SIGTERM", []string{"LIFE-3/server"}},

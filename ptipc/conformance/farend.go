@@ -114,7 +114,7 @@ func (t *trial) destination(c *child) (addr string, accept func() *wire) {
 	return far.addr(), func() *wire {
 		select {
 		case conn := <-conns:
-			return &wire{t, "far end", conn}
+			return &wire{t: t, who: "far end", conn: conn}
 		case <-time.After(t.suite.patience):
 			t.fell("a connection at the destination", "none in %v", t.suite.patience)
 		case <-t.ctx.Done():

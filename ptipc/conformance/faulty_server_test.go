@@ -3,6 +3,7 @@ package conformance_test
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -31,8 +32,10 @@ func (f *faulty) serverMain(args []string) {
 	}
 	var host struct {
 		Deliver string `json:"deliver"`
+		Ends    int    `json:"ends"`
 	}
 	_ = json.Unmarshal([]byte(args[1]), &host)
+	f.host.Ends = host.Ends
 	if host.Deliver == "" && !f.is("server: needs no deliver") {
 		f.die(64, "nowhere to deliver")
 	}
@@ -48,6 +51,9 @@ func (f *faulty) serverMain(args []string) {
 		addr = "127.0.0.1:0"
 	}
 	argsText := "stats=1"
+	if f.host.Ends != 0 {
+		argsText += ",ends=1"
+	}
 	if f.is("server: ARGS with a bad escape") {
 		argsText += `,a=\b`
 	}
@@ -100,7 +106,12 @@ func (f *faulty) readSignals() {
 
 func (f *faulty) handOver(wire *net.TCPConn, socket string) {
 	defer wire.Close()
-	to, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
+	var name *net.UnixAddr
+	end := f.dialing()
+	if end != nil {
+		name = &net.UnixAddr{Name: end.name, Net: "unix"}
+	}
+	to, err := net.DialUnix("unix", name, &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
 		return
 	}
@@ -140,9 +151,30 @@ func (f *faulty) handOver(wire *net.TCPConn, socket string) {
 			f.mu.Lock()
 			*count += n
 			f.mu.Unlock()
-			if _, werr := dst.Write(b[:n]); err != nil || werr != nil {
+			_, werr := dst.Write(b[:n])
+			if err == nil && werr == nil {
+				continue
+			}
+			if end == nil {
 				break
 			}
+			broken := werr != nil || !errors.Is(err, io.EOF)
+			if src == to && !end.marked() && !f.is("server: does not look at marks") {
+				broken = true
+			}
+			if broken {
+				if f.is("server: marks what broke") {
+					end.mark()
+				}
+				_ = wire.SetLinger(0)
+				wire.Close()
+				to.Close()
+				return
+			}
+			break
+		}
+		if dst == to && end != nil && !f.is("server: marks nothing") {
+			end.mark()
 		}
 		if f.is("server: ends both directions at once") {
 			wire.Close()

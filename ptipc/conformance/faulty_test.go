@@ -35,6 +35,7 @@ type faulty struct {
 		Listen  string `json:"listen"`
 		Proxy   string `json:"proxy"`
 		UID     int    `json:"uid"`
+		Ends    int    `json:"ends"`
 	}
 	server   string // the destination if the child is bound
 	listener net.Listener
@@ -300,6 +301,9 @@ func (f *faulty) announce() {
 		addr = "203.0.113.1:1080"
 	}
 	args := "stats=1"
+	if f.host.Ends != 0 {
+		args += ",ends=1"
+	}
 	if f.server != "" {
 		args += ",bound=1"
 	}
@@ -816,6 +820,7 @@ func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
 // relay copies until both directions have ended, and resets both if one breaks.
 func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 	name := localnet.ClientName(client.RemoteAddr())
+	end := f.accepted(name)
 	f.mu.Lock()
 	counts := f.conns[name]
 	f.mu.Unlock()
@@ -838,7 +843,13 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 			if err == nil {
 				continue
 			}
+			if from == r && end != nil && !end.marked() && !f.is("does not look at marks") {
+				err = io.ErrUnexpectedEOF
+			}
 			if !errors.Is(err, io.EOF) && !f.is("hides a reset") {
+				if end != nil && f.is("marks what broke") {
+					end.mark()
+				}
 				for _, conn := range []net.Conn{client, wire} {
 					if socket, ok := conn.(*net.TCPConn); ok {
 						_ = socket.SetLinger(0)
@@ -850,6 +861,9 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 			if f.is("ends both directions at once") {
 				client.Close()
 				wire.Close()
+			}
+			if to == client && end != nil && !f.is("marks nothing") {
+				end.mark()
 			}
 			_ = to.(interface{ CloseWrite() error }).CloseWrite()
 			return

@@ -41,6 +41,7 @@ type method struct {
 	bound bool
 	proxy bool // a server that connects its clients itself (SRV-2)
 	stats bool
+	ends  bool              // the child marks ends of streams (SOCKS-20)
 	turn  *turn.Credentials // of a packet factory; nil for streams
 }
 
@@ -50,6 +51,7 @@ type child struct {
 	proc    *proc.Process
 	signals chan<- ptipc.Message // to be carried; nil if nobody does
 	dir     *localnet.Dir
+	ends    *localnet.Ends // nil if the child was not given any
 	env     ptipc.Env
 	log     *slog.Logger
 	trace   func(fromChild bool, line []byte)
@@ -77,18 +79,27 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not ready after %v: %w", timeout, context.DeadlineExceeded))
 	defer cancel()
 
-	args, firstLine, err := s.arguments()
+	ends, files, err := s.makeEnds()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, f := range files {
+			_ = f.Close() // the child has it, and the memory stays
+		}
+	}()
+	args, firstLine, err := s.arguments(len(files) > 0)
 	if err != nil {
 		return nil, err
 	}
 	c := &child{
-		role: s.role, signals: s.signals, dir: s.dir, env: s.env, log: s.log, trace: s.command.Trace,
+		role: s.role, signals: s.signals, dir: s.dir, ends: ends, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
 	sandbox := s.sandbox()
 	c.proc, err = proc.Start(ctx, proc.Spec{
 		Path: s.command.Path, Args: args, Dir: s.path, Env: s.command.Environ,
-		Launcher: s.command.Launcher, Credential: s.command.Credential, Sandbox: sandbox, Limits: s.command.Limits,
+		Launcher: s.command.Launcher, Credential: s.command.Credential, Sandbox: sandbox, Limits: s.command.Limits, Files: files,
 		FinishWait: s.command.StopTimeout, Log: s.log,
 		OnLine: func(line []byte, truncated bool) {
 			if c.trace != nil {
@@ -125,9 +136,29 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 	return c, nil
 }
 
+// endsFD is what makeEnds's file is for the child.
+const endsFD = 3
+
+// makeEnds makes the memory in which both ends mark what has ended (SOCKS-20), and the
+// file that hands it to the child. Both are nil for a child that would not know what
+// to do with it (ARG-6), and on systems that have no such thing.
+func (s *supervisor) makeEnds() (*localnet.Ends, []*os.File, error) {
+	if s.command.Plain {
+		return nil, nil, nil
+	}
+	ends, file, err := localnet.NewEnds()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return ends, []*os.File{file}, nil
+}
+
 // arguments builds [ROLE] CONFIG [HOST] (ARG-1) and the first line of standard
 // input, if the configuration goes there (ARG-4).
-func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
+func (s *supervisor) arguments(ends bool) (args []string, firstLine []byte, err error) {
 	config, err := s.config.MarshalJSON()
 	if err != nil {
 		return nil, nil, err
@@ -146,6 +177,9 @@ func (s *supervisor) arguments() (args []string, firstLine []byte, err error) {
 	if uid := os.Geteuid(); uid >= 0 {
 		u := uint32(uid)
 		info.UID = &u
+	}
+	if ends {
+		info.Ends = endsFD
 	}
 	if s.command.ConfigArgv {
 		text, err := json.Marshal(info)
@@ -392,7 +426,7 @@ func (c *child) announcement(message stdio.Message) {
 	case stdio.SMethod:
 		if c.role == roleServer {
 			c.add("SMETHOD "+m.Name, m.Name, func() (method, error) {
-				return method{wire: m.Addr, proxy: m.Args.Proxy(), stats: m.Args.Stats()}, nil
+				return method{wire: m.Addr, proxy: m.Args.Proxy(), stats: m.Args.Stats(), ends: m.Args.Ends()}, nil
 			})
 		}
 	case stdio.CMethodError:
@@ -437,7 +471,7 @@ func factoryOf(m stdio.CMethod) (method, error) {
 	if err != nil {
 		return method{}, fmt.Errorf("names an address that it must not: %w (LINE-5)", err)
 	}
-	return method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats()}, nil
+	return method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats(), ends: m.Args.Ends()}, nil
 }
 
 // sameAs reports whether two children announced the same (LIFE-7). Addresses and

@@ -122,7 +122,7 @@ func TestTrace(t *testing.T) {
 	mu.Lock()
 	defer mu.Unlock()
 	trace := strings.Join(lines, "\n")
-	for _, want := range []string{`false \{"config":"\*\*\*","host":"\*\*\*"\}`, `true VERSION 1`, `true PROXY DONE`, `true CMETHOD bound socks5 unix:\S+ ARGS:stats=1,bound=1`, `true LOG SEVERITY=warning MESSAGE="password=\*\*\*`, `true CMETHODS DONE`} {
+	for _, want := range []string{`false \{"config":"\*\*\*","host":"\*\*\*"\}`, `true VERSION 1`, `true PROXY DONE`, `true CMETHOD bound socks5 unix:\S+ ARGS:stats=1,ends=1,bound=1`, `true LOG SEVERITY=warning MESSAGE="password=\*\*\*`, `true CMETHODS DONE`} {
 		if !regexp.MustCompile(`(?m)^` + want).MatchString(trace) {
 			t.Errorf("the trace does not hold %s:\n%s", want, trace)
 		}

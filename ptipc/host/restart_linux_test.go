@@ -95,8 +95,8 @@ func TestDialWhileChildLeaves(t *testing.T) {
 	talk(t, dial(t, factory, "", echo), "next")
 }
 
-// SOCKS-15: what a killed child was relaying breaks, and does not look complete
-// where the socket can tell: here the child had bytes of ours that it had not read.
+// SOCKS-15: what a killed child was relaying breaks, and does not look complete. Here
+// it had bytes of ours that it had not read, which the socket tells by itself.
 func TestKillBreaksConnections(t *testing.T) {
 	far, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

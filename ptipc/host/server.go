@@ -57,7 +57,7 @@ func (c *Command) generate(ctx context.Context, options ptipc.Opaque, env ptipc.
 		return fail(err)
 	}
 	defer s.release()
-	args, firstLine, err := s.arguments()
+	args, firstLine, err := s.arguments(false)
 	if err != nil {
 		return fail(err)
 	}
@@ -235,8 +235,14 @@ func (s *served) closeDelivery() {
 }
 
 // take decides about one delivery (SRV-3, SRV-4).
-func (s *served) take(_ context.Context, r *socks.Request) (func(net.Conn), error) {
-	if err := s.fromChild(r.Client); err != nil {
+func (s *served) take(ctx context.Context, r *socks.Request) (func(net.Conn), error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	c, err := s.s.child(ctx)
+	if err != nil {
+		return nil, ptipc.WithClass(ptipc.ErrNotAllowed, err)
+	}
+	if err := s.fromChild(c, r.Client); err != nil {
 		return nil, err
 	}
 	var d socks.Delivery
@@ -248,24 +254,30 @@ func (s *served) take(_ context.Context, r *socks.Request) (func(net.Conn), erro
 	default:
 		return nil, fmt.Errorf("%d connections wait to be accepted already: %w", backlog, ptipc.ErrGeneral)
 	}
-	return func(conn net.Conn) {
-		s.accepted <- s.s.meter.Conn(conn, relay.Options{Remote: remoteAddr(d.Remote)})
-	}, nil
+	options := relay.Options{Remote: remoteAddr(d.Remote)}
+	if c.marks() {
+		if end := c.ends.Accepted(r.Client.RemoteAddr()); end != nil {
+			options.End = end
+		}
+	}
+	return func(conn net.Conn) { s.accepted <- s.s.meter.Conn(conn, options) }, nil
+}
+
+// marks reports whether a server marks the ends of streams (SOCKS-20).
+func (c *child) marks() bool {
+	for _, m := range c.methods { // a server has one
+		return m.ends
+	}
+	return false
 }
 
 // fromChild refuses a delivery that another process forges, even one of our own
 // user, where the system can tell (SRV-4).
-func (s *served) fromChild(conn net.Conn) error {
+func (s *served) fromChild(c *child, conn net.Conn) error {
 	peer, err := localnet.Peer(conn)
 	if errors.Is(err, errors.ErrUnsupported) || err == nil && peer.PID == 0 {
 		return nil
 	}
-	if err != nil {
-		return ptipc.WithClass(ptipc.ErrNotAllowed, err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	c, err := s.s.child(ctx)
 	if err != nil {
 		return ptipc.WithClass(ptipc.ErrNotAllowed, err)
 	}

@@ -389,7 +389,7 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		if err := checkDest(m.bound, dest); err != nil {
 			return nil, err
 		}
-		raw, err := connect(ctx, c.dir, m.addr)
+		raw, end, err := c.connect(ctx, m)
 		if err != nil {
 			if ctx.Err() == nil && c.gone(ctx) {
 				continue
@@ -398,12 +398,17 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		if err := socks.Connect(ctx, raw, settings, dest); err != nil {
 			_ = raw.Close()
+			end.Release()
 			if unanswered(err) && !again && ctx.Err() == nil && c.gone(ctx) {
 				continue
 			}
 			return nil, err
 		}
-		conn := s.meter.Conn(raw, relay.Options{Ask: c.asker(m, raw)})
+		options := relay.Options{Ask: c.asker(m, raw)}
+		if end != nil {
+			options.End, options.OnClose = end, end.Release
+		}
+		conn := s.meter.Conn(raw, options)
 		s.mu.Lock()
 		ended := s.ended
 		s.mu.Unlock()
@@ -413,6 +418,16 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		return conn, nil
 	}
+}
+
+// connect connects to a factory of the child. The end is nil if the child marks none, or
+// if its socket is one that knows of resets.
+func (c *child) connect(ctx context.Context, m method) (net.Conn, *localnet.End, error) {
+	if m.ends && m.addr.Unix() {
+		return c.dir.DialEnd(ctx, m.addr.Name(), c.ends)
+	}
+	conn, err := connect(ctx, c.dir, m.addr)
+	return conn, nil, err
 }
 
 // unanswered reports whether a handshake ended without a word from the child.

@@ -120,8 +120,8 @@ func (a Addr) AddrPort() netip.AddrPort { return a.tcp }
 // ClientName names a connection so that both of its ends say the same: the
 // dialing end passes conn.LocalAddr(), the accepting end conn.RemoteAddr(). On
 // TCP it is the client's ip:port. On a unix socket it is the name that the
-// kernel gave to a client that used [Dir.Dial], @ and five hexadecimal digits. It
-// is "" for anything else, and always printable ASCII without a space (STAT-3).
+// kernel gave to a client that used [Dir.Dial], @ and five hexadecimal digits, or that of
+// a client with an [End], @ and twenty. It is "" for anything else, and always printable ASCII without a space (STAT-3).
 func ClientName(addr net.Addr) string {
 	switch addr := addr.(type) {
 	case *net.TCPAddr:
@@ -132,11 +132,17 @@ func ClientName(addr net.Addr) string {
 		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()).String()
 	case *net.UnixAddr:
 		// A hostile client can bind any bytes as its name: only what the kernel's
-		// autobind makes is passed on.
-		if len(addr.Name) != 6 || addr.Name[0] != '@' || strings.Trim(addr.Name[1:], "0123456789abcdef") != "" {
-			return ""
+		// autobind makes, and what looks like an End's, is passed on.
+		if isName(addr.Name, 5) || hasSlot(addr.Name) {
+			return addr.Name
 		}
-		return addr.Name
 	}
 	return ""
+}
+
+// hasSlot reports whether the name of a client's socket is an [End]'s.
+func hasSlot(name string) bool { return isName(name, 20) }
+
+func isName(name string, digits int) bool {
+	return len(name) == 1+digits && name[0] == '@' && strings.Trim(name[1:], "0123456789abcdef") == ""
 }

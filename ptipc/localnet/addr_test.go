@@ -102,6 +102,8 @@ func TestClientName(t *testing.T) {
 		{&net.TCPAddr{IP: net.IPv6loopback, Port: 5, Zone: "a b"}, ""},
 		{&net.TCPAddr{}, ""},
 		{&net.UnixAddr{Name: "@0a1b2", Net: "unix"}, "@0a1b2"},
+		{&net.UnixAddr{Name: "@0a1b0123456789abcdef", Net: "unix"}, "@0a1b0123456789abcdef"},
+		{&net.UnixAddr{Name: "@0a1b 123456789abcdef", Net: "unix"}, ""},
 		{&net.UnixAddr{Name: "@0a1b", Net: "unix"}, ""},
 		{&net.UnixAddr{Name: "@0a1b23", Net: "unix"}, ""},
 		{&net.UnixAddr{Name: "@0a1\n2", Net: "unix"}, ""},

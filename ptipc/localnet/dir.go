@@ -189,7 +189,7 @@ func (d *Dir) removeStale(name string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	c, err := d.at.dial(ctx, name)
+	c, err := d.at.dial(ctx, name, "")
 	if err == nil {
 		c.Close()
 	}
@@ -209,10 +209,34 @@ func (d *Dir) removeStale(name string) error {
 // followed. While the listener's backlog is full, Dial tries again until ctx
 // ends. On Linux the connection has a [ClientName].
 func (d *Dir) Dial(ctx context.Context, name string) (*net.UnixConn, error) {
+	return d.dial(ctx, name, "")
+}
+
+// DialEnd is Dial with an end for the connection, which is to be released when the
+// connection is closed. The end is nil if ends is, or if it has no more room.
+func (d *Dir) DialEnd(ctx context.Context, name string, ends *Ends) (*net.UnixConn, *End, error) {
+	var end *End
+	if ends != nil {
+		end = ends.dialing()
+	}
+	if end == nil {
+		c, err := d.dial(ctx, name, "")
+		return c, nil, err
+	}
+	c, err := d.dial(ctx, name, end.name())
+	if err != nil {
+		end.Release()
+		return nil, nil, err
+	}
+	return c, end, nil
+}
+
+// dial gives the client's socket the abstract name as, or one of the kernel's choice.
+func (d *Dir) dial(ctx context.Context, name, as string) (*net.UnixConn, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	c, err := d.at.dial(ctx, name)
+	c, err := d.at.dial(ctx, name, as)
 	// A full backlog is EAGAIN at once on a unix socket, never a wait.
 	for pause := time.Millisecond; errors.Is(err, syscall.EAGAIN); pause = min(2*pause, 64*time.Millisecond) {
 		timer := time.NewTimer(pause)
@@ -222,7 +246,7 @@ func (d *Dir) Dial(ctx context.Context, name string) (*net.UnixConn, error) {
 			timer.Stop()
 			return nil, fmt.Errorf("localnet: dial unix:%s in %s: the listener accepts too slowly and its backlog is full: %w", name, d.path, ctx.Err())
 		}
-		c, err = d.at.dial(ctx, name)
+		c, err = d.at.dial(ctx, name, as)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("localnet: dial unix:%s in %s: %w", name, d.path, reason(err))

@@ -78,14 +78,20 @@ func (s socketDir) listen(name string) (l *net.UnixListener, err error) {
 // time at most, and needs half again as much CPU for each byte.
 const sendBuffer = 1 << 20
 
-// prepare gives the client's socket a name of the kernel's choice, by which the
-// server can speak of the connection, and room for bulk.
-var prepare = onSocket(func(fd int) error {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer) // without it bulk is only slower
-	return unix.Bind(fd, &unix.SockaddrUnix{})
-})
+// prepare gives the client's socket a name, by which the server can speak of the
+// connection, and room for bulk. "" is a name of the kernel's choice.
+func prepare(name string) func(network, address string, c syscall.RawConn) error {
+	var sa unix.SockaddrUnix
+	if name != "" {
+		sa.Name = "@" + name // in the abstract space
+	}
+	return onSocket(func(fd int) error {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer) // without it bulk is only slower
+		return unix.Bind(fd, &sa)
+	})
+}
 
-func (s socketDir) dial(ctx context.Context, name string) (c *net.UnixConn, err error) {
+func (s socketDir) dial(ctx context.Context, name, as string) (c *net.UnixConn, err error) {
 	err = s.use(func(fd int) error {
 		// Connecting through a descriptor of the socket itself: what was looked at
 		// is what is connected to, and a link to a socket elsewhere is not followed.
@@ -101,7 +107,7 @@ func (s socketDir) dial(ctx context.Context, name string) (c *net.UnixConn, err 
 		if stat.Mode&unix.S_IFMT != unix.S_IFSOCK {
 			return fmt.Errorf("the file is not a socket: %w", fs.ErrInvalid)
 		}
-		dialer := net.Dialer{Control: prepare}
+		dialer := net.Dialer{Control: prepare(as)}
 		conn, err := dialer.DialContext(ctx, "unix", fdPath+strconv.Itoa(socket))
 		if err != nil {
 			return err

@@ -176,7 +176,7 @@ func fillBacklog(t *testing.T, d *Dir, l *Listener) {
 		t.Fatal(closed, err)
 	}
 	for {
-		c, err := d.at.dial(t.Context(), l.name)
+		c, err := d.at.dial(t.Context(), l.name, "")
 		if errors.Is(err, syscall.EAGAIN) {
 			return
 		}

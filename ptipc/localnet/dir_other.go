@@ -52,7 +52,7 @@ func (s socketDir) listen(name string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-func (s socketDir) dial(ctx context.Context, name string) (*net.UnixConn, error) {
+func (s socketDir) dial(ctx context.Context, name, _ string) (*net.UnixConn, error) {
 	path, err := s.path(name)
 	if err != nil {
 		return nil, err

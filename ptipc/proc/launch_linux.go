@@ -21,6 +21,7 @@ import (
 const (
 	lifelineFD = 3 // the read end of the lifeline: its end means kill everything
 	reportsFD  = 4 // where launchReports go
+	filesFD    = 5 // the first of the command's Files
 )
 
 // killAgain is how often what does not end is killed again.
@@ -32,6 +33,7 @@ type launchOrders struct {
 	Credential *Credential `json:"credential,omitempty"`
 	Sandbox    *Sandbox    `json:"sandbox,omitempty"`
 	Limits     Limits      `json:"limits,omitzero"`
+	Files      int         `json:"files,omitempty"` // how many the command inherits
 }
 
 // errRestrict: the command was not started, because it could not be restricted.
@@ -122,6 +124,10 @@ func (l *launch) start(args []string) error {
 		Dir: ".", // entered once more as the command's user, who may not be allowed to
 		// In a group of its own the command cannot hit the launcher with kill(0).
 		Sys: &syscall.SysProcAttr{Setpgid: true},
+	}
+	for i := range orders.Files {
+		syscall.CloseOnExec(filesFD + i)
+		attr.Files = append(attr.Files, uintptr(filesFD+i))
 	}
 	if c := orders.Credential; c != nil {
 		attr.Sys.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}

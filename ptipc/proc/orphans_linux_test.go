@@ -320,6 +320,38 @@ func TestInheritedDescriptors(t *testing.T) {
 	})
 }
 
+// Files come first, and each once.
+func TestInheritedFiles(t *testing.T) {
+	dir := t.TempDir()
+	var files []*os.File
+	want := []string{"0 non-blocking=false", "1 non-blocking=false", "2 non-blocking=false"}
+	for i := range 3 {
+		f, err := os.Create(filepath.Join(dir, strconv.Itoa(i)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteString(f.Name()); err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+		want = append(want, strconv.Itoa(3+i)+" non-blocking=false")
+	}
+	if inherited := inheritable()[3:]; len(inherited) > 0 {
+		t.Skip("this process was given descriptors of its own:", inherited)
+	}
+	modes(t, func(t *testing.T, launcher []string) {
+		c := start(t, Spec{Launcher: launcher, Files: files}, self("descriptors")...)
+		for _, want := range append(want, "end") {
+			c.expect(want)
+		}
+		c = start(t, Spec{Launcher: launcher, Files: files}, "/bin/sh", "-c", "for n in 3 4 5; do cat /proc/self/fd/$n; echo; done")
+		for _, f := range files {
+			c.expect(f.Name())
+		}
+	})
+}
+
 func TestNoNewPrivileges(t *testing.T) {
 	c := start(t, Spec{Launcher: self("launcher")}, "/bin/sh", "-c", "grep NoNewPrivs /proc/self/status")
 	c.expect("NoNewPrivs:\t1")

@@ -49,6 +49,9 @@ type Spec struct {
 	Sandbox *Sandbox
 	// Limits bound what it may use of the machine.
 	Limits Limits
+	// Files are inherited by the child as the descriptors from 3 on, beside the standard
+	// streams. They may be closed once Start has returned. Windows refuses them.
+	Files []*os.File
 
 	// OnLine is given each line of standard output without its LF or CR LF. A line
 	// longer than MaxLine is given once, truncated to its first bytes, and so is a

@@ -37,7 +37,7 @@ func startLaunched(ctx context.Context, s *Spec, stdio [3]*os.File) (tree, error
 	if pipes.err != nil {
 		return nil, fmt.Errorf("start %s: %w", s.Path, pipes.err)
 	}
-	orders, err := json.Marshal(launchOrders{Credential: s.Credential, Sandbox: s.Sandbox, Limits: s.Limits})
+	orders, err := json.Marshal(launchOrders{Credential: s.Credential, Sandbox: s.Sandbox, Limits: s.Limits, Files: len(s.Files)})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", s.Path, err)
 	}
@@ -50,7 +50,7 @@ func startLaunched(ctx context.Context, s *Spec, stdio [3]*os.File) (tree, error
 	args = append(args, s.Args...)
 	cmd := command(s, stdio)
 	cmd.Path, cmd.Args = path, args
-	cmd.ExtraFiles = []*os.File{lifelineEnd, reportsEnd} // descriptors 3 and 4
+	cmd.ExtraFiles = append([]*os.File{lifelineEnd, reportsEnd}, s.Files...) // descriptors 3, 4 and on
 	// In a session of its own it does not get the signals of a terminal.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	l := &launched{launcher: cmd, lifeline: lifeline, reports: reports, decoder: json.NewDecoder(reports)}

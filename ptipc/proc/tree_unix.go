@@ -89,11 +89,11 @@ func startGroup(ctx context.Context, s *Spec, stdio [3]*os.File) (_ tree, err er
 	return g, nil
 }
 
-// command is the child with its standard streams and nothing else open.
+// command is the child with its standard streams, Files and nothing else open.
 func command(s *Spec, stdio [3]*os.File) *exec.Cmd {
 	return &exec.Cmd{
 		Path: s.Path, Args: append([]string{s.Path}, s.Args...), Dir: s.Dir, Env: s.Env,
-		Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2],
+		Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2], ExtraFiles: s.Files,
 	}
 }
 

@@ -27,6 +27,9 @@ func startTree(_ context.Context, s *Spec, stdio [3]*os.File) (tree, error) {
 	if s.Credential != nil {
 		return nil, fmt.Errorf("start %s: another user for a child: %w on Windows", s.Path, errors.ErrUnsupported)
 	}
+	if len(s.Files) > 0 {
+		return nil, fmt.Errorf("start %s: a child inherits no files on this system: %w", s.Path, errors.ErrUnsupported)
+	}
 	handle, err := newJob()
 	if err != nil {
 		return nil, fmt.Errorf("start %s: make a job object: %w", s.Path, err)

@@ -3,6 +3,7 @@ package relay
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -20,10 +21,26 @@ type Options struct {
 	// other end, where somebody stands between.
 	Remote net.Addr
 
+	// End, if set, tells a clean end of the stream from a break where the socket
+	// underneath cannot: both ends mark theirs. Nil is a nil interface.
+	End End
+
 	// Ask is consulted by [Conn.Stats] before its own counters: a child process
 	// may know better what went over the wire. false means that it does not know.
 	Ask func() (ptipc.Stats, bool)
 }
+
+// An End is where the two ends of a connection note that their direction has ended
+// cleanly (SOCKS-20).
+type End interface {
+	// Mark is called before the outgoing direction is ended or the connection is
+	// closed, and not before it is aborted.
+	Mark()
+	// Marked is asked after the end of the incoming stream.
+	Marked() bool
+}
+
+var errBroken = fmt.Errorf("the peer has gone without ending its stream: %w", io.ErrUnexpectedEOF)
 
 // A Conn is a connection that counts its bytes and belongs to a [Meter]. It
 // implements [ptipc.Conn]. It adds one atomic addition to a Read or a Write.
@@ -42,10 +59,14 @@ type Conn struct {
 
 var _ ptipc.Conn = (*Conn)(nil)
 
-// Read reads from the connection and counts what was received.
+// Read reads from the connection and counts what was received. The end of a stream
+// that has broken is [io.ErrUnexpectedEOF] with [Options.End].
 func (c *Conn) Read(p []byte) (int, error) {
 	n, err := c.raw.Read(p)
 	c.received.Add(uint64(n))
+	if err == io.EOF && c.opts.End != nil && !c.opts.End.Marked() { //nolint:errorlint // see copyConn
+		err = errBroken
+	}
 	return n, err
 }
 
@@ -63,15 +84,25 @@ func (c *Conn) CloseWrite() error {
 	if !ok {
 		return fmt.Errorf("relay: %T cannot close one direction: %w", c.raw, errors.ErrUnsupported)
 	}
+	if c.opts.End != nil {
+		c.opts.End.Mark()
+	}
 	return half.CloseWrite()
 }
 
-// Close closes the connection; a [Join] that relays it ends with [net.ErrClosed].
-// Only the first call does anything.
-func (c *Conn) Close() error { return c.close(c.raw.Close) }
+// Close closes the connection; a [Join] that relays it ends with [net.ErrClosed], and
+// what it did not end itself has broken. Only the first call does anything.
+func (c *Conn) Close() error {
+	return c.close(func() error {
+		if c.opts.End != nil {
+			c.opts.End.Mark()
+		}
+		return c.raw.Close()
+	})
+}
 
-// Abort closes the connection so that the peer sees a reset, not a clean end,
-// where the socket underneath can say so: TCP can, a unix socket cannot.
+// Abort closes the connection so that the peer sees a reset, not a clean end, where
+// the socket underneath can say so, as TCP can, or [Options.End] does.
 func (c *Conn) Abort() error { return c.close(func() error { return Abort(c.raw) }) }
 
 func (c *Conn) close(end func() error) error {
@@ -85,12 +116,12 @@ func (c *Conn) close(end func() error) error {
 	c.cut = nil
 	c.mu.Unlock()
 
+	var err error
 	if cut != nil {
 		cut()
-	}
-	err := end()
-	if cut != nil {
-		err = nil // Join closed the conn underneath when it took the socket
+		_ = c.raw.Close() // Join has closed the socket already
+	} else {
+		err = end()
 	}
 	c.meter.remove(c)
 	if c.opts.OnClose != nil {

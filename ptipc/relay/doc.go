@@ -30,8 +30,9 @@
 //
 // A transport's own connection type can have two more methods that Join uses:
 // CloseWrite, to end one direction, and Abort, to close so that the peer sees that
-// something is missing. A unix socket has no such end. Its peer sees a plain end
-// of the stream even if the other side was reset.
+// something is missing. A unix socket has no such end: its peer sees a plain end
+// of the stream even if the other side was reset or killed, unless the two ends of the
+// connection tell each other in another way, an [End].
 //
 // # How it runs on Linux
 //

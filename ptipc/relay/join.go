@@ -21,7 +21,9 @@ import (
 // other direction goes on. A conn that has no CloseWrite stays open until the
 // other direction has ended too: its peer waits longer for the end, but gets its
 // answer through. A side that fails, by a reset say, makes Join abort the
-// other, so that a truncated stream never looks like a complete one.
+// other, so that a truncated stream never looks like a complete one (SOCKS-15). Not
+// even when this process is killed: until the end a TCP socket is set to be reset
+// when it is closed (SO_LINGER), whatever was set before.
 //
 // The result is nil if both directions ended with the end of the stream and all
 // bytes were handed over.
@@ -85,6 +87,8 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 		{Conn: a, writing: make(chan struct{}, 1)},
 		{Conn: b, writing: make(chan struct{}, 1)},
 	}}
+	setLinger(a, 0)
+	setLinger(b, 0)
 	cut := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(cut)
@@ -102,7 +106,20 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	if j.failed != nil {
 		return j.failed
 	}
+	setLinger(a, -1)
+	setLinger(b, -1)
 	return err
+}
+
+// setLinger with 0 makes every close of a TCP connection a reset, also the one that
+// comes of the end of this process; with -1 no longer.
+func setLinger(c net.Conn, sec int) {
+	if socket := socketOf(c); socket != nil {
+		c = socket
+	}
+	if socket, ok := c.(interface{ SetLinger(sec int) error }); ok {
+		_ = socket.SetLinger(sec) // fails only on a closed socket
+	}
 }
 
 // fail aborts both ends, which ends both flows. The first cause is kept.

@@ -337,6 +337,8 @@ func (l *loop) fill(p *pair, i int) {
 	switch {
 	case n > 0:
 		src.received(n)
+	case err == nil && src.end != nil && !src.end.Marked():
+		p.failed = readFailed(errBroken)
 	case err == nil:
 		f.eof = true
 		f.readable = false
@@ -416,7 +418,11 @@ func (l *loop) passEnd(p *pair, i int) {
 	}
 	f := &p.flows[i]
 	f.done = true
-	if err := unix.Shutdown(p.legs[1-i].fd, unix.SHUT_WR); err != nil {
+	dst := &p.legs[1-i]
+	if dst.end != nil {
+		dst.end.Mark()
+	}
+	if err := unix.Shutdown(dst.fd, unix.SHUT_WR); err != nil {
 		l.writeFailed(p, i, err)
 	}
 }

@@ -41,6 +41,7 @@ var roles = map[string]func(l net.Listener, args []string){
 	"sink":   serveEach(drainConn),
 	"echo":   serveEach(echoConn),
 	"join":   serveRelay(func(a, b net.Conn) { _ = Join(context.Background(), a, b) }),
+	"copy":   serveRelay(func(a, b net.Conn) { _ = joinConns(context.Background(), a, b) }),
 	"iocopy": serveRelay(joinByIOCopy),
 }
 

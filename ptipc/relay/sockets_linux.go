@@ -92,6 +92,7 @@ func (p *pair) handOver(cut func()) bool {
 // A leg is one socket of a pair.
 type leg struct {
 	fd      int
+	end     End // nil if the socket itself says whether its stream has broken
 	tcp     bool
 	layers  []*Conn // that count it, the outermost first
 	armed   bool    // EPOLLOUT is asked for
@@ -103,6 +104,9 @@ type leg struct {
 func (g *leg) take(c, socket net.Conn) bool {
 	for layer, ok := c.(*Conn); ok; layer, ok = layer.raw.(*Conn) {
 		g.layers = append(g.layers, layer)
+		if layer.opts.End != nil {
+			g.end = layer.opts.End
+		}
 	}
 	_, g.tcp = socket.(*net.TCPConn)
 	raw, err := socket.(syscall.Conn).SyscallConn()
@@ -113,14 +117,28 @@ func (g *leg) take(c, socket net.Conn) bool {
 	err = raw.Control(func(fd uintptr) {
 		g.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
 	})
-	return err == nil && dupErr == nil
+	if err != nil || dupErr != nil {
+		return false
+	}
+	g.linger(resetOnClose)
+	return true
 }
 
 func (g *leg) close(p *pair) {
-	if p.failed != nil && g.tcp {
-		_ = unix.SetsockoptLinger(g.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	if p.failed == nil {
+		g.linger(unix.Linger{})
 	}
 	unix.Close(g.fd)
+}
+
+// resetOnClose makes every close a reset. It is set while a pair is relayed, so that
+// also the end of this process, however it comes about, breaks the stream.
+var resetOnClose = unix.Linger{Onoff: 1}
+
+func (g *leg) linger(l unix.Linger) {
+	if g.tcp {
+		_ = unix.SetsockoptLinger(g.fd, unix.SOL_SOCKET, unix.SO_LINGER, &l)
+	}
 }
 
 func (g *leg) received(n int) {

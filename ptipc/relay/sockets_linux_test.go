@@ -38,7 +38,7 @@ func openLoops(tb testing.TB) {
 }
 
 func TestJoinLeavesNothingBehind(t *testing.T) {
-	const pairs = 1000
+	const pairs = 300
 	openLoops(t)
 	for _, k := range [][2]string{{"tcp", "tcp"}, {"unix", "tcp"}, {"plain", "unix"}} {
 		t.Run(k[0]+" to "+k[1], func(t *testing.T) {

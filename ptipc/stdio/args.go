@@ -11,6 +11,7 @@ const (
 	ArgBound = "bound" // bound=1: the factory is bound
 	ArgStats = "stats" // stats=1: the child answers STATS
 	ArgProxy = "proxy" // proxy=1: the server connects its clients itself
+	ArgEnds  = "ends"  // ends=1: the child marks the ends of streams
 
 	ArgUsername = "username" // the credentials of a packet factory
 	ArgPassword = "password"
@@ -49,6 +50,9 @@ func (a Args) TURN() (username, password, realm string, ok bool) {
 	realm, _ = a.Get(ArgRealm)
 	return username, password, realm, username != "" && password != "" && realm != ""
 }
+
+// Ends reports whether the child marks the ends of streams (SOCKS-20).
+func (a Args) Ends() bool { v, _ := a.Get(ArgEnds); return v == "1" }
 
 const argsPrefix = "ARGS:"
 

@@ -27,6 +27,7 @@ type Host struct {
 	Proxy   string  `json:"proxy,omitempty"`   // URL of the upstream proxy, as it came; a secret (PROXY-3)
 	UID     *uint32 `json:"uid,omitempty"`     // numeric user of the host
 	Deliver string  `json:"deliver,omitempty"` // where a server brings connections: loopback ip:port or unix:NAME (SRV-3)
+	Ends    int     `json:"ends,omitempty"`    // descriptor of the memory in which ends of streams are marked (SOCKS-20); 0 is none
 }
 
 // UnmarshalJSON ignores keys that it does not know and is strict about the types
@@ -48,6 +49,7 @@ func (h *Host) UnmarshalJSON(b []byte) error {
 		{"proxy", &host.Proxy, "a string"},
 		{"uid", &host.UID, "a whole number from 0 to 4294967295"},
 		{"deliver", &host.Deliver, "a string"},
+		{"ends", &host.Ends, "a whole number"},
 	} {
 		if raw, ok := keys[key.name]; ok && json.Unmarshal(raw, key.target) != nil {
 			return fmt.Errorf("the key %q of HOST must be %s (ARG-5)", key.name, key.want)
@@ -60,6 +62,9 @@ func (h *Host) UnmarshalJSON(b []byte) error {
 		if _, err := localnet.ParseAddr(host.Deliver); err != nil {
 			return fmt.Errorf("the key %q of HOST must be unix:NAME or a loopback ip:port (ARG-5, SRV-3)", "deliver")
 		}
+	}
+	if host.Ends != 0 && host.Ends < 3 {
+		return fmt.Errorf("the key %q of HOST must be the number of a descriptor above the standard streams (ARG-5)", "ends")
 	}
 	*h = host
 	return nil

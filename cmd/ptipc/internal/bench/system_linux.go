@@ -259,7 +259,7 @@ func EnterNamespace(ctx context.Context) (going context.Context, n Network, code
 	cmd := &exec.Cmd{
 		Path: self, Args: os.Args, Env: append(os.Environ(), inNamespace+"=1"),
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, ExtraFiles: []*os.File{lifelineEnd},
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET},
+		SysProcAttr: &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS},
 	}
 	if err := cmd.Start(); err != nil {
 		return ctx, Network{Why: fmt.Sprintf("it needs the privileges of root (%v)", err)}, 0, false, nil
@@ -328,6 +328,27 @@ func setSysctl(name string, values ...string) error {
 		}
 	}
 	return nil
+}
+
+// MountSmall mounts a file system of so many bytes on dir. Nobody outside of the
+// namespace that EnterNamespace made sees it.
+func MountSmall(dir string, size int) (unmount func() error, err error) {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return nil, fmt.Errorf("keeping mounts to this namespace: %w", err)
+	}
+	err = unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d,nr_inodes=1000,mode=0700", size))
+	if err != nil {
+		return nil, fmt.Errorf("mounting a small file system on %s: %w", dir, err)
+	}
+	return func() error { return unix.Unmount(dir, unix.MNT_DETACH) }, nil
+}
+
+// Processes says what a process and its descendants use: how many there are, their
+// open descriptors, and the bytes of their anonymous pages.
+func Processes(pid int) (n, descriptors int, memory uint64) {
+	pids, _ := tree(pid)
+	m := memoryOf(pid)
+	return len(pids), int(m.fds), uint64(m.user)
 }
 
 // CongestionControl is what TCP connections of this process use, "" if the system

@@ -42,5 +42,11 @@ func EnterNamespace(ctx context.Context) (going context.Context, n Network, code
 	return ctx, Network{Why: "only Linux has them"}, 0, false, nil
 }
 
+// MountSmall is for Linux.
+func MountSmall(string, int) (unmount func() error, err error) { return nil, errors.ErrUnsupported }
+
+// Processes does not know.
+func Processes(int) (n, descriptors int, memory uint64) { return 0, 0, 0 }
+
 // CongestionControl is not known.
 func CongestionControl() string { return "" }
