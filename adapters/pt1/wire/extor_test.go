@@ -199,8 +199,14 @@ func FuzzAcceptExtended(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if consumed := commands[:len(commands)-conn.commands.Len()]; !bytes.HasSuffix(consumed, []byte{0, 0, 0, 0}) {
-			t.Errorf("%+v after %x", client, consumed)
+		// Everything up to the first DONE has been read, with its body, and nothing else.
+		rest := commands
+		for done := false; !done; {
+			done = rest[0] == 0 && rest[1] == 0
+			rest = rest[4+int(rest[2])<<8+int(rest[3]):]
+		}
+		if conn.commands.Len() != len(rest) {
+			t.Errorf("%+v: %d bytes are left, want %d", client, conn.commands.Len(), len(rest))
 		}
 	})
 }
