@@ -53,9 +53,8 @@ type TakeFunc func(conn net.Conn) (remote string, err error)
 // A Generator is a Dialect that can make configurations (SRV-6).
 type Generator interface {
 	// Generate makes the configuration of a server from options. The host runs that
-	// server once, and client makes the configuration of its clients of what it has
-	// announced.
-	Generate(options ptipc.Opaque) (server ptipc.Opaque, client func([]stdio.SMethod) (ptipc.Opaque, error), err error)
+	// server once, and finish makes the two configurations of what it has announced.
+	Generate(options ptipc.Opaque) (config ptipc.Opaque, finish func([]stdio.SMethod) (client, server ptipc.Opaque, err error), err error)
 }
 
 // A Launch is what a host knows about a child that is to be started.
@@ -223,11 +222,11 @@ func (c *Command) generateByServer(ctx context.Context, options ptipc.Opaque, en
 	if env.Local == "" {
 		return nil, nil, fmt.Errorf("the keys of a server of this dialect are in its state directory, and none is named: %w", ptipc.ExitUsage)
 	}
-	server, clientOf, err := generator.Generate(options)
+	config, finish, err := generator.Generate(options)
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := c.startServer(ctx, server, env, true)
+	s, err := c.startServer(ctx, config, env, true)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -239,8 +238,7 @@ func (c *Command) generateByServer(ctx context.Context, options ptipc.Opaque, en
 	if err := s.Close(); err != nil {
 		return nil, nil, err
 	}
-	client, err = clientOf(announced)
-	return client, server, err
+	return finish(announced)
 }
 
 // report tells the operator what the clients of a server need to know (SRV-2): a
