@@ -238,6 +238,16 @@ func (j *journal) has(text string) bool {
 	return slices.ContainsFunc(j.lines, func(line string) bool { return strings.Contains(line, text) })
 }
 
+// find is the first line that holds text.
+func (j *journal) find(text string) string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if i := slices.IndexFunc(j.lines, func(line string) bool { return strings.Contains(line, text) }); i >= 0 {
+		return j.lines[i]
+	}
+	return ""
+}
+
 func (j *journal) env() ptipc.Env {
 	return ptipc.Env{
 		Log: slog.New(slog.NewTextHandler(j, &slog.HandlerOptions{Level: slog.LevelDebug})),
