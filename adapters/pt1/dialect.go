@@ -45,8 +45,8 @@ func (c *ClientConfig) Validate() error {
 		return err
 	}
 	for name, defaults := range c.Transports {
-		if _, err := readSettings(defaults, nil); err != nil {
-			return under("/transports/"+name, err)
+		if _, _, err := readSettings(defaults, nil, ""); err != nil {
+			return Under("/transports/"+name, err)
 		}
 	}
 	if a, err := netip.ParseAddr(c.BindV4); c.BindV4 != "" && (err != nil || !a.Is4()) {
@@ -76,7 +76,7 @@ func (c *ServerConfig) Validate() error {
 	}
 	for name, t := range c.Transports {
 		if _, err := t.server(name); err != nil {
-			return under("/transports/"+name, err)
+			return Under("/transports/"+name, err)
 		}
 	}
 	return nil
@@ -89,7 +89,7 @@ func (t ServerTransport) server(name string) (wire.Server, error) {
 	}
 	options, err := readArgs(t.Options)
 	if err != nil {
-		return wire.Server{}, under("/options", err)
+		return wire.Server{}, Under("/options", err)
 	}
 	return wire.Server{Name: name, Bind: bind, Options: options}, nil
 }
@@ -159,6 +159,7 @@ func session(e *wire.Environment, names []string) (*host.Session, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Lines are those of PT 1.0 here too, and are read as tolerantly as all are (PT1-6).
 	return &host.Session{Environ: environ, Unset: wire.Prefix, Versions: []string{wire.Version}, Names: names}, nil
 }
 
@@ -249,6 +250,15 @@ func (Dialect) Generate(options ptipc.Opaque) (ptipc.Opaque, func([]stdio.SMetho
 	return server, finish, err
 }
 
+func readSettings(defaults, settings ptipc.Opaque, dest string) (wire.Args, string, error) {
+	rest, dest, err := Destination(defaults, settings, dest)
+	if err != nil {
+		return nil, "", err
+	}
+	args, err := argsOf(rest)
+	return args, dest, err
+}
+
 // Connect opens a stream through a managed transport's client that listens at the
 // other end of conn, with a PROTOCOL of its CMETHOD line (PT1-8). settings add to
 // defaults. dest is "" unless the destination is not that of the settings.
@@ -256,14 +266,11 @@ func (Dialect) Generate(options ptipc.Opaque) (ptipc.Opaque, func([]stdio.SMetho
 // ctx and errors are as with [socks.Connect]. Nothing is sent when the arguments
 // cannot be.
 func Connect(ctx context.Context, conn net.Conn, protocol string, defaults, settings ptipc.Opaque, dest string) error {
-	s, err := readSettings(defaults, settings)
+	args, dest, err := readSettings(defaults, settings, dest)
 	if err != nil {
 		return err
 	}
-	if dest, err = s.destination(dest); err != nil {
-		return err
-	}
-	text, err := s.args.Encode()
+	text, err := args.Encode()
 	if err != nil {
 		return ptipc.WithClass(ptipc.ErrSettingsRefused, err)
 	}

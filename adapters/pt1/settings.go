@@ -23,42 +23,45 @@ const (
 // bridge lines: an address that belongs to nobody (PT1-4).
 const Nowhere = "192.0.2.3:80"
 
-// settings are those of one connection.
-type settings struct {
-	host, port string // "" when they were not given
-	args       wire.Args
+// Destination puts the settings of a connection on top of those of its transport, key
+// by key, and takes host and port out of them: the destination, unless dest names
+// another one. Without any it is [Nowhere] (PT1-4).
+func Destination(defaults, settings ptipc.Opaque, dest string) (rest map[string]json.RawMessage, to string, err error) {
+	var more map[string]json.RawMessage
+	if err := defaults.Decode(&rest); err != nil {
+		return nil, "", err
+	}
+	if err := settings.Decode(&more); err != nil {
+		return nil, "", err
+	}
+	if rest == nil {
+		rest = map[string]json.RawMessage{}
+	}
+	maps.Copy(rest, more)
+	host, err := takeHost(rest)
+	if err != nil {
+		return nil, "", err
+	}
+	port, err := takePort(rest)
+	switch {
+	case err != nil:
+		return nil, "", err
+	case host != "" && port == "":
+		return nil, "", missing(keyPort, keyHost)
+	case host == "" && port != "":
+		return nil, "", missing(keyHost, keyPort)
+	case host != "" && dest != "":
+		return nil, "", &ptipc.ConfigError{Pointer: "/" + keyHost, Value: strconv.Quote(host), Problem: "is a second destination: the factory was made free, and the connection has its own", Remedy: "remove host and port"}
+	case host != "":
+		dest = net.JoinHostPort(host, port)
+	case dest == "":
+		dest = Nowhere
+	}
+	return rest, dest, nil
 }
 
-// readSettings reads the settings of a connection on top of those of its transport.
-func readSettings(defaults, own ptipc.Opaque) (settings, error) {
-	var all, more map[string]json.RawMessage
-	if err := defaults.Decode(&all); err != nil {
-		return settings{}, err
-	}
-	if err := own.Decode(&more); err != nil {
-		return settings{}, err
-	}
-	if all == nil {
-		all = map[string]json.RawMessage{}
-	}
-	maps.Copy(all, more)
-	var s settings
-	var err error
-	if s.host, err = takeHost(all); err != nil {
-		return settings{}, err
-	}
-	if s.port, err = takePort(all); err != nil {
-		return settings{}, err
-	}
-	if (s.host == "") != (s.port == "") {
-		missing, other := keyPort, keyHost
-		if s.host == "" {
-			missing, other = other, missing
-		}
-		return settings{}, &ptipc.ConfigError{Pointer: "/" + missing, Problem: "is missing beside " + other, Remedy: "give both: they are the server's; or neither, for a transport that needs none"}
-	}
-	s.args, err = argsOf(all)
-	return s, err
+func missing(key, beside string) error {
+	return &ptipc.ConfigError{Pointer: "/" + key, Problem: "is missing beside " + beside, Remedy: "give both: they are the server's; or neither, for a transport that needs none"}
 }
 
 func takeHost(all map[string]json.RawMessage) (string, error) {
@@ -133,21 +136,8 @@ func scalar(raw json.RawMessage) (string, bool) {
 	return string(raw), true
 }
 
-// destination is what goes into CONNECT: that of the dial, of the settings, or none.
-func (s settings) destination(dest string) (string, error) {
-	switch {
-	case dest != "" && s.host != "":
-		return "", &ptipc.ConfigError{Pointer: "/" + keyHost, Value: strconv.Quote(s.host), Problem: "is a second destination: the factory was made free, and the connection has its own", Remedy: "remove host and port"}
-	case dest != "":
-		return dest, nil
-	case s.host != "":
-		return net.JoinHostPort(s.host, s.port), nil
-	}
-	return Nowhere, nil
-}
-
-// under moves the place of a configuration error.
-func under(pointer string, err error) error {
+// Under moves the place of a configuration error below pointer.
+func Under(pointer string, err error) error {
 	var config *ptipc.ConfigError
 	if !errors.As(err, &config) {
 		return err

@@ -61,26 +61,29 @@ func ReadCookie(path string) (Cookie, error) {
 func WriteCookie(path string, uid, gid int) (Cookie, error) {
 	var c Cookie
 	_, _ = rand.Read(c[:]) // it never fails
-	fail := func(err error) (Cookie, error) {
+	if err := WritePrivate(path, c.Append(nil), uid, gid); err != nil {
 		return Cookie{}, fmt.Errorf("writing the Extended ORPort cookie: %w", err)
 	}
+	return c, nil
+}
+
+// WritePrivate writes a file for its owner alone, in place of one that is there. uid
+// and gid are as with [WriteCookie].
+func WritePrivate(path string, content []byte, uid, gid int) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fail(err)
+		return err
 	}
 	// O_EXCL: the directory may belong to a less trusted user, and what he puts there
 	// meanwhile must not be written to, or given to him.
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return fail(err)
+		return err
 	}
-	_, err = f.Write(c.Append(nil))
+	_, err = f.Write(content)
 	if err == nil && (uid >= 0 || gid >= 0) {
 		err = f.Chown(uid, gid)
 	}
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fail(err)
-	}
-	return c, nil
+	return errors.Join(err, f.Close())
 }
 
 // A Client is what a server says of a connection on an Extended ORPort.
