@@ -134,6 +134,15 @@ func checkNames[T any](transports map[string]T) error {
 	return nil
 }
 
+// Check reads a configuration, for [host.RoleClient] or [host.RoleServer], and starts
+// nothing.
+func (Dialect) Check(role string, config ptipc.Opaque) error {
+	if role == host.RoleServer {
+		return config.Decode(new(ServerConfig))
+	}
+	return config.Decode(new(ClientConfig))
+}
+
 // Start says how a child is started (PT1-14).
 func (d Dialect) Start(l host.Launch) (*host.Session, error) {
 	if l.Role == host.RoleServer {

@@ -183,7 +183,7 @@ func (f *benchFlags) child(o *opener, exe, configText, state string) (func(ctx c
 		return nil, err
 	}
 	t := config.Transport{
-		Exec: exe, Config: ptipc.Opaque(object), ConfigVia: f.configVia, Plain: f.plain,
+		Exec: exe, Config: ptipc.Opaque(object), Dialect: f.dialect, ConfigVia: f.configVia, Plain: f.plain,
 		Proxy: strings.TrimSpace(proxy), Restart: config.Restart{Policy: "never"},
 	}
 	if err := t.Validate(); err != nil {
