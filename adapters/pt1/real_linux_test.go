@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"pthost/adapters/free"
 	"pthost/adapters/pt1"
 	"pthost/ptipc"
 	"pthost/ptipc/front"
@@ -124,7 +125,8 @@ func (p *page) serve(l net.Listener) {
 // curl fetches the page and compares it.
 func curl(t testing.TB, p *page, addr string, args ...string) {
 	t.Helper()
-	cmd := exec.CommandContext(within(t), testpeer.Need(t, "curl"), append([]string{"--silent", "--show-error", "--noproxy", "*", "http://" + addr + "/"}, args...)...)
+	cmd := exec.CommandContext(within(t), testpeer.Need(t, "curl"), append([]string{"--silent", "--show-error", "http://" + addr + "/"}, args...)...)
+	cmd.Env = []string{} // no proxy of the user's
 	hash := sha256.New()
 	var stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = hash, &stderr
@@ -317,5 +319,51 @@ func TestGoptlib(t *testing.T) {
 	}
 	if _, err := transport.Connections["dummy"].Dial(within(t), ptipc.Opaque(fmt.Sprintf(`{"host":"127.0.0.1","port":%d}`, unused(t))), ""); err == nil {
 		t.Error("nobody listens, and it connected")
+	}
+}
+
+// What is free elsewhere is free here: a SOCKS5 proxy to everywhere, through obfs4.
+func TestFreeOverObfs4(t *testing.T) {
+	p := newPage(t, 1_000_000)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go p.serve(l)
+	t.Cleanup(func() { l.Close() })
+	command := &host.Command{Path: testpeer.Need(t, "obfs4proxy"), Dialect: pt1.Dialect{}, StopTimeout: time.Second}
+	env := ptipc.Env{Local: stateDir(t)}
+	factory := free.Server(*command.Server())
+	client, server, err := factory.GenerateConfig(within(t), ptipc.Opaque(
+		`{"egress":{"allow":["127.0.0.0/8:*"]},"carrier":{"transport":"obfs4","listen":"127.0.0.1:0"}}`), env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	manager, err := factory.Proxy(within(t), server, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { manager.Close() })
+	transport, err := free.Client((&host.Command{Path: command.Path, Dialect: pt1.Dialect{}, StopTimeout: time.Second}).Open)(within(t), client, ptipc.Env{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { transport.Close() })
+	listener, err := front.Listen("tcp://127.0.0.1:0", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := front.SOCKS5(transport.Connections["obfs4"], nil, slog.New(slog.DiscardHandler))
+	done := make(chan error, 1)
+	go func() { done <- proxy.Serve(listener) }()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = proxy.Shutdown(ctx)
+		<-done
+	})
+	curl(t, p, l.Addr().String(), "--socks5-hostname", listener.Addr().String())
+	if stats, err := transport.Stats(t.Context()); err != nil || stats.Received < uint64(p.size) {
+		t.Errorf("it went another way: %+v, error %v", stats, err)
 	}
 }
