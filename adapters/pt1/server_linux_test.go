@@ -16,6 +16,7 @@ import (
 	"pthost/adapters/pt1"
 	"pthost/adapters/pt1/wire"
 	"pthost/ptipc"
+	"pthost/ptipc/host"
 	"pthost/ptipc/testpeer"
 )
 
@@ -160,6 +161,89 @@ func TestStranger(t *testing.T) {
 		t.Errorf("the stranger at %q: %s", addr, text)
 	}
 	eventually(t, "the refusal is told", func() bool { return j.has("uid 65533") })
+}
+
+// After a server has died the next one brings its connections to the same place (LIFE-7).
+func TestServerRestarts(t *testing.T) {
+	command := self("server", "192.0.2.77:5")
+	events := make(chan host.Event, 100)
+	command.Events = func(e host.Event) { events <- e }
+	listener, err := command.Server().Listen(within(t), ptipc.Opaque(serverConfig), ptipc.Env{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	for range 2 {
+		conn, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if conn.RemoteAddr().String() != "192.0.2.77:5" {
+			t.Errorf("the client is at %v", conn.RemoteAddr())
+		}
+		conn.Close()
+		e := <-events
+		for e.Kind != host.Ready {
+			e = <-events
+		}
+		if err := syscall.Kill(e.Pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Nothing is held after a server is closed: no descriptor, no cookie's listener.
+func TestServerLeavesNothing(t *testing.T) {
+	descriptors := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	once := func() {
+		listener, err := self("server", "silent", "plain", "192.0.2.77:5").Server().Listen(within(t), ptipc.Opaque(serverConfig), ptipc.Env{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			conn, err := listener.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+		}
+		if err := listener.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	once() // what is kept for good is opened by the first one
+	before := descriptors()
+	once()
+	if after := descriptors(); after > before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+// A server that cannot start says why.
+func TestServerErrors(t *testing.T) {
+	for _, tt := range []struct {
+		lines []string
+		want  string
+	}{
+		{[]string{"VERSION 1", "SMETHOD-ERROR x address in use", "SMETHODS DONE"}, "x: address in use"},
+		{[]string{"VERSION 1", "ENV-ERROR no ORPort"}, "no ORPort"},
+		{[]string{"VERSION 1", "SMETHOD x localhost:1", "SMETHODS DONE"}, "localhost:1"},
+		{[]string{"VERSION 1", "CMETHOD x socks5 127.0.0.1:1", "SMETHODS DONE"}, "without a CMETHOD or SMETHOD"},
+	} {
+		listener, err := self("says", tt.lines...).Server().Listen(within(t), ptipc.Opaque(serverConfig), ptipc.Env{})
+		if err == nil {
+			listener.Close()
+			t.Errorf("%q: it listens", tt.lines)
+		} else if !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: %v", tt.lines, err)
+		}
+	}
 }
 
 // Whoever wants a server that connects its clients itself is told that this one does
