@@ -102,6 +102,11 @@ func TestSOCKS4(t *testing.T) { // PT1-8
 			t.Errorf("%s: %v, want %v", settings, err, want)
 		}
 	}
+	// A failure without a reason says what can be looked at, and no secret.
+	_, err := x.Dial(within(t), ptipc.Opaque(`{"host":"refused.invalid","k":"hunter2","l":1}`), "")
+	if text := fmt.Sprint(err); !strings.Contains(text, "can refused.invalid:443 be reached") || !strings.Contains(text, "needs: k, l?") || strings.Contains(text, "hunter2") {
+		t.Errorf("got %s", text)
+	}
 }
 
 // What the child replies is the class of the error (ERR-2).

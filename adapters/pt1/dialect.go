@@ -3,6 +3,7 @@ package pt1
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -283,16 +284,36 @@ func Connect(ctx context.Context, conn net.Conn, protocol string, defaults, sett
 	if err != nil {
 		return ptipc.WithClass(ptipc.ErrSettingsRefused, err)
 	}
-	if protocol == "socks4" {
-		return socks.Connect4(ctx, conn, text, dest)
+	switch {
+	case protocol == "socks4":
+		err = socks.Connect4(ctx, conn, text, dest)
+	case text == "": // PT1-3
+		err = socks.ConnectUpstream(ctx, conn, nil, dest)
+	default:
+		var username, password string
+		if username, password, err = wire.Credentials(text); err != nil {
+			return ptipc.WithClass(ptipc.ErrSettingsTooLarge, err)
+		}
+		// Not pipelined: most of these transports refuse it (PT1-5).
+		err = socks.ConnectPassword(ctx, conn, username, password, dest)
 	}
-	if text == "" { // PT1-3
-		return socks.ConnectUpstream(ctx, conn, nil, dest)
+	return unexplained(err, dest, args)
+}
+
+// unexplained adds what can be looked at to a failure of which the transport says
+// nothing, as most of them do.
+func unexplained(err error, dest string, args wire.Args) error {
+	var class ptipc.Class // of a reply
+	if !errors.As(err, &class) || class != ptipc.ErrGeneral {
+		return err
 	}
-	username, password, err := wire.Credentials(text)
-	if err != nil {
-		return ptipc.WithClass(ptipc.ErrSettingsTooLarge, err)
+	keys := "none"
+	for i, arg := range args { // the values are secrets
+		if i == 0 {
+			keys = arg.Key
+			continue
+		}
+		keys += ", " + arg.Key
 	}
-	// Not pipelined: most of these transports refuse it (PT1-5).
-	return socks.ConnectPassword(ctx, conn, username, password, dest)
+	return fmt.Errorf("%w; the transport does not say why: can %s be reached, and are these all the settings that it needs: %s?", err, dest, keys)
 }
