@@ -24,20 +24,39 @@ const (
 //
 // ctx, errors and conn are as with [Connect].
 func ConnectUpstream(ctx context.Context, conn net.Conn, user *url.Userinfo, dest string) error {
-	if dest == "" {
-		return fmt.Errorf("socks: an upstream proxy needs a destination: %w", ptipc.ErrNotAllowed)
-	}
-	request, err := appendDestination([]byte{version, commandConnect, 0}, dest)
-	if err != nil {
-		return err
-	}
 	greeting := []byte{version, 1, methodNone}
 	var login []byte
 	if user != nil {
+		var err error
 		if login, err = appendLogin(nil, user); err != nil {
 			return err
 		}
 		greeting = []byte{version, 2, methodNone, methodPassword}
+	}
+	return connectInSteps(ctx, conn, greeting, login, dest)
+}
+
+// ConnectPassword is [ConnectUpstream] with a server that has to take the username and
+// password (RFC 1929), since no other method is offered. Each has 1 to 255 bytes.
+func ConnectPassword(ctx context.Context, conn net.Conn, username, password, dest string) error {
+	if len(username) == 0 || len(username) > 255 || len(password) == 0 || len(password) > 255 {
+		return ptipc.WithClass(ptipc.ErrNotAllowed, errors.New("socks: username and password must have 1 to 255 bytes each"))
+	}
+	login, err := appendLogin(nil, url.UserPassword(username, password))
+	if err != nil {
+		return err
+	}
+	return connectInSteps(ctx, conn, []byte{version, 1, methodPassword}, login, dest)
+}
+
+// connectInSteps waits for each answer before it goes on. login is nil for none.
+func connectInSteps(ctx context.Context, conn net.Conn, greeting, login []byte, dest string) error {
+	if dest == "" {
+		return fmt.Errorf("socks: an ordinary proxy needs a destination: %w", ptipc.ErrNotAllowed)
+	}
+	request, err := appendDestination([]byte{version, commandConnect, 0}, dest)
+	if err != nil {
+		return err
 	}
 	return exchange(ctx, conn, func() error {
 		b := make([]byte, replySize)
@@ -45,7 +64,7 @@ func ConnectUpstream(ctx context.Context, conn net.Conn, user *url.Userinfo, des
 			if _, err := io.ReadFull(conn, b[:2]); err != nil {
 				return endOfReply(err)
 			}
-			if b[1] == methodPassword && user != nil {
+			if b[1] == methodPassword && login != nil || greeting[2] == methodPassword {
 				return checkMethod(b, methodPassword)
 			}
 			return checkMethod(b, methodNone)
