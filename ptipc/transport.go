@@ -125,7 +125,13 @@ func (e Env) ListenPacket(ctx context.Context, local string) (net.PacketConn, er
 		local = ":0"
 	}
 	var config net.ListenConfig
-	return config.ListenPacket(ctx, "udp", local)
+	conn, err := config.ListenPacket(ctx, "udp", local)
+	if udp, ok := conn.(*net.UDPConn); ok {
+		// Room for bursts: what comes while this process has to wait for its turn would
+		// be lost. The system gives what it allows.
+		_ = udp.SetReadBuffer(1 << 20)
+	}
+	return conn, err
 }
 
 // Report passes bootstrap progress to Status, if there is one.

@@ -26,8 +26,14 @@ func ListenUDP(addr string) (*net.UDPConn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("localnet: %w; choose an address that is free, or port 0", err)
 	}
-	return conn.(*net.UDPConn), nil
+	udpConn := conn.(*net.UDPConn)
+	_ = udpConn.SetReadBuffer(readBuffer) // the system gives what it allows
+	return udpConn, nil
 }
+
+// readBuffer is room for bursts: what comes while this process has to wait for its
+// turn would be lost.
+const readBuffer = 1 << 20
 
 // UDPPeer says which user's socket sends datagrams from the loopback address from to
 // the socket at local: the one that an answer would reach (PKT-5). When there is none

@@ -64,6 +64,7 @@ type PacketForward struct {
 	recent   *list.List // of *session, the one that was silent for longest at its end
 
 	opened, failed, evicted, dropped, received, sent atomic.Uint64
+	warned                                           atomic.Int64 // when, in seconds since 1970
 }
 
 // origin is who a session belongs to.
@@ -254,7 +255,10 @@ func (f *PacketForward) run(ctx context.Context, s *session) {
 	if err != nil {
 		if ctx.Err() == nil {
 			f.failed.Add(1)
-			f.log.Warn("datagrams could not be forwarded", "err", err)
+			// Each datagram tries again.
+			if now, last := time.Now().Unix(), f.warned.Load(); now != last && f.warned.CompareAndSwap(last, now) {
+				f.log.Warn("datagrams could not be forwarded", "err", err, "sessions in all", f.failed.Load())
+			}
 		}
 		return
 	}

@@ -1,12 +1,15 @@
 package relay
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -297,6 +300,37 @@ func TestPacketForwardIdle(t *testing.T) {
 		_ = f.Shutdown(t.Context())
 		if err := <-served; err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// What cannot be opened is told once a second, however many datagrams ask for it.
+func TestPacketForwardFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var said bytes.Buffer
+		front := newPipeConn()
+		f := &PacketForward{
+			Open: func(context.Context) (net.PacketConn, error) { return nil, syscall.ENETUNREACH },
+			To:   pipeAddr.AddrPort(), Log: slog.New(slog.NewTextHandler(&said, nil)),
+		}
+		served := make(chan error, 1)
+		go func() { served <- f.Serve(front) }()
+		for range 2 {
+			for range 5 {
+				front.in <- "question"
+				synctest.Wait()
+			}
+			time.Sleep(time.Second)
+		}
+		if s := f.Stats(); s.Failed != 10 || s.Active != 0 {
+			t.Errorf("%+v", s)
+		}
+		_ = f.Shutdown(t.Context())
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+		if n := strings.Count(said.String(), "could not be forwarded"); n != 2 {
+			t.Errorf("%d warnings: %s", n, &said)
 		}
 	})
 }
