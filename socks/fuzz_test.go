@@ -71,7 +71,7 @@ func serveScriptBy(s *Server, in []byte, piece int) outcome {
 }
 
 // FuzzLogin: every input is answered or dropped, the same in one segment as byte by
-// byte, and nothing is dialled before the login was taken (PT1-33).
+// byte, and nothing is dialled before the login was taken (PT1-22).
 func FuzzLogin(f *testing.F) {
 	for _, v := range readVectors(f) {
 		if v.server == "login" {
