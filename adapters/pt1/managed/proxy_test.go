@@ -450,6 +450,57 @@ func TestWayOut(t *testing.T) {
 			}
 		})
 	}
+	// The other kinds of proxy that tor can have, each played by hand: the destination
+	// and the password arrive, and what comes right behind the answer is the stream's.
+	for _, test := range []struct{ name, url, request, answer, want string }{
+		{"socks4a", "socks4a://me@", "\x04\x01\x00\x50\x00\x00\x00\x01me\x00name.invalid\x00", "\x00\x5a\x00\x00\x00\x00\x00\x00", ""},
+		{"socks4a refuses", "socks4a://", "\x04\x01\x00\x50\x00\x00\x00\x01\x00name.invalid\x00", "\x00\x5b\x00\x00\x00\x00\x00\x00", "general"},
+		{"http", "http://me:hunter2@", "CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80\r\nProxy-Authorization: Basic bWU6aHVudGVyMg==\r\n\r\n", "HTTP/1.0 200 Connection established\r\nX: y\r\n\r\n", ""},
+		{"http refuses", "http://", "CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80\r\n\r\n", "HTTP/1.1 403 Forbidden\r\nContent-Length: 5\r\n\r\n", "general"},
+		{"http, endless", "http://", "CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80\r\n\r\n", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", maxAnswer) + "\r\n\r\n", "general"},
+		{"not http", "http://", "CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80\r\n\r\n", "220 mail.example ESMTP\r\n", "general"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			asked := make(chan string, 1)
+			go func() {
+				conn, err := l.Accept()
+				if err != nil {
+					asked <- err.Error()
+					return
+				}
+				defer conn.Close()
+				request := make([]byte, len(test.request))
+				n, _ := io.ReadFull(conn, request)
+				asked <- string(request[:n])
+				_, _ = io.WriteString(conn, test.answer+"early")
+			}()
+			f := start(t, &Proxy{Clients: map[string]ptipc.TransportFactory{"x": dialling}}, environ(t, "CLIENT_TRANSPORTS=x", "PROXY="+test.url+l.Addr().String()))
+			if !slices.Contains(f.lines, "PROXY DONE") {
+				t.Errorf("the lines are %q", f.lines)
+			}
+			conn, err := connect(t, f.addr("x"), "", "name.invalid:80")
+			if got := <-asked; got != test.request {
+				t.Errorf("the proxy was asked %q, want %q", got, test.request)
+			}
+			if test.want != "" {
+				if !errors.Is(err, ptipc.ErrGeneral) {
+					t.Errorf("connected: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(conn); err != nil || string(got) != "early" {
+				t.Errorf("the stream is %q, %v", got, err)
+			}
+		})
+	}
 	t.Run("a proxy that is gone", func(t *testing.T) {
 		gone, _ := listenTCP(t, "127.0.0.1:0")
 		gone.Close()
