@@ -133,7 +133,11 @@ func checkDialect(name string, t config.Transport) error {
 
 // events tells the operator what happens to a child.
 func (o *opener) events(name string) func(host.Event) {
-	log := o.log.With("transport", name)
+	return o.tell(name, o.log.With("transport", name))
+}
+
+// tell tells what happens to a child in a log that says which one it is.
+func (o *opener) tell(name string, log *slog.Logger) func(host.Event) {
 	return func(e host.Event) {
 		if o.console != nil {
 			o.console.event(name, e)

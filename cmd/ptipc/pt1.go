@@ -74,12 +74,12 @@ executable. Without --config a client's configuration is {}.`,
 				if err != nil {
 					return err
 				}
-				if proxy.Configurations[name], err = managed.ReadConfiguration(file); err != nil {
-					return fmt.Errorf("--config %s: %w: %w", name, err, ptipc.ExitConfig)
-				}
 				if proxy.Clients[name] == nil && proxy.Servers[name] == nil {
 					return fmt.Errorf("--config %s: there is no transport of this name; there are %s: %w",
 						name, strings.Join(slices.Sorted(maps.Keys(proxy.Clients)), ", "), ptipc.ExitUsage)
+				}
+				if proxy.Configurations[name], err = managed.ReadConfiguration(file); err != nil {
+					return fmt.Errorf("--config %s: %w: %w", name, err, ptipc.ExitConfig)
 				}
 			}
 			return proxy.Run(cmd.Context(), os.LookupEnv, os.Stdin, cmd.OutOrStdout())
@@ -108,8 +108,12 @@ func (o *options) addExec(proxy *managed.Proxy, name string, t config.Transport)
 		if err != nil {
 			return nil, err
 		}
-		opener.log = env.Logger()
-		return opener.command(name, t)
+		c, err := opener.command(name, t)
+		if err != nil {
+			return nil, err
+		}
+		c.Events = opener.tell(name, env.Logger())
+		return c, nil
 	}
 	proxy.Clients[name] = func(ctx context.Context, configuration ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
 		c, err := command(env)

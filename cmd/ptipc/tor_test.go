@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -50,16 +51,21 @@ func TestTor(t *testing.T) {
 	for _, test := range []struct {
 		name, transport string
 		server, client  string
+		options         string // of the server
 		from            string // where the bridge sees the client
 	}{
-		{"obfs4", "obfs4", obfs4, obfs4, "127.0.0.1"},
-		{"websocket", "websocket", self(t), self(t), from},
-		{"executable", "websocket", self(t, "--exec", "websocket=builtin:websocket"), self(t, "--exec", "websocket=builtin:websocket"), from},
+		{"obfs4", "obfs4", obfs4, obfs4, "", "127.0.0.1"},
+		{"websocket", "websocket", self(t), self(t), "backend=http://" + n.site, from},
+		{"executable", "websocket", self(t, "--exec", "websocket=builtin:websocket"), self(t, "--exec", "websocket=builtin:websocket"), "", from},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			debug := filepath.Join(t.TempDir(), "debug.log")
-			bridge, _ := n.bridge(t, test.name+"bridge", test.transport, torSide{test.server, "Log [net]debug file " + debug + "\n"})
+			lines := "Log [net]debug file " + debug + "\n"
+			if test.options != "" {
+				lines += "ServerTransportOptions " + test.transport + " " + test.options + "\n"
+			}
+			bridge, _ := n.bridge(t, test.name+"bridge", test.transport, torSide{test.server, lines})
 			line := n.bridgeLine(t, bridge, test.transport)
 			bridge.await(t, "Bootstrapped 75%")
 			client, socks := n.client(t, test.name+"client", line, test.transport, torSide{test.client, "OutboundBindAddressPT " + from + "\n"})
@@ -76,6 +82,14 @@ func TestTor(t *testing.T) {
 			}
 			if !strings.Contains(string(text), "to '"+test.from+":") {
 				t.Errorf("the bridge does not see a client at %s", test.from)
+			}
+			if test.options == "" {
+				return
+			}
+			// Strangers see the web site that stands in torrc (PT1-26).
+			page, err := exec.CommandContext(t.Context(), n.curl, "-sS", "-k", "--noproxy", "*", "https://"+strings.Fields(line)[1]+"/").CombinedOutput()
+			if err != nil || string(page) != "a page" {
+				t.Errorf("a stranger gets %q, %v", page, err)
 			}
 		})
 	}
