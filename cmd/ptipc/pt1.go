@@ -19,7 +19,7 @@ import (
 
 func newPT1(o *options) *cobra.Command {
 	var execs, configs []string
-	var plain bool
+	var f childFlags
 	cmd := &cobra.Command{
 		Use:   "pt1",
 		Short: "Be a managed proxy: give tor the transports of this tool, or an executable",
@@ -52,7 +52,9 @@ With a URL that has a host, such as that of a content delivery network, the addr
 in front of it means nothing.
 
 The transports of this tool are there under their own names. --exec adds an
-executable. Without --config a client's configuration is {}.`,
+executable, which is started as "ptipc run" would start it, sandboxed: --plain,
+--allow-read, --allow-write and --no-sandbox hold for all of them. Without --config a
+client's configuration is {}.`,
 		Example: `  ClientTransportPlugin websocket exec /usr/bin/ptipc pt1
   ServerTransportPlugin example exec /usr/bin/ptipc pt1 --exec example=/usr/lib/pt/pt-example
   ServerTransportPlugin websocket exec /usr/bin/ptipc pt1 --config websocket=/etc/tor/pair.json`,
@@ -67,7 +69,11 @@ executable. Without --config a client's configuration is {}.`,
 				if err != nil {
 					return err
 				}
-				o.addExec(&proxy, name, config.Transport{Exec: exe, Plain: plain})
+				t, err := f.config(exe)
+				if err != nil {
+					return err
+				}
+				o.addExec(&proxy, name, t)
 			}
 			for _, text := range configs {
 				name, file, err := named("--config", text)
@@ -87,7 +93,7 @@ executable. Without --config a client's configuration is {}.`,
 	}
 	cmd.Flags().StringArrayVar(&execs, "exec", nil, "NAME=EXE: the transport NAME is this executable; may be given several times")
 	cmd.Flags().StringArrayVar(&configs, "config", nil, `NAME=FILE: the configuration of a transport, {"client":…,"server":…} as "ptipc generate" prints it; may be given several times`)
-	cmd.Flags().BoolVar(&plain, "plain", false, "executables take neither HOST nor \"-\": EXE CONFIG and nothing more")
+	f.addKind(cmd)
 	return cmd
 }
 
