@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"pthost/adapters/pt1"
+	"pthost/ptipc"
+	"pthost/ptipc/host"
 )
 
 // managedTool is a running ptipc pt1.
@@ -142,5 +148,53 @@ func TestPT1LeavesNothingBehind(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The protocol in both of its roles: our host runs our managed proxy as it would run
+// anybody's, with the configurations that come of what the server announces (PT1-13,
+// PT1-23, PT1-27).
+func TestPT1UnderOurHost(t *testing.T) {
+	t.Setenv(asTool, "1")
+	command := &host.Command{Path: toolCommand(t.Context(), t).Path, Args: []string{"pt1"}, Dialect: pt1.Dialect{}}
+	env := ptipc.Env{Local: filepath.Join(t.TempDir(), "state")}
+	client, server, err := command.Server().GenerateConfig(t.Context(), ptipc.Opaque(`{"transport":"websocket","listen":"127.0.0.1:0"}`), env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := command.Server().Listen(t.Context(), server, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	transport, err := command.Open(t.Context(), client, ptipc.Env{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer transport.Close()
+	conn, err := transport.Connections["websocket"].Dial(t.Context(), nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	far, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	if remote, ok := far.RemoteAddr().(*net.TCPAddr); !ok || remote.Port == 0 || !remote.IP.IsLoopback() {
+		t.Errorf("the client is said to be %v", far.RemoteAddr())
+	}
+	sent := bytes.Repeat([]byte("both ways "), 100_000)
+	go func() {
+		_, _ = io.Copy(far, far) // an echo
+		_ = far.(ptipc.Conn).CloseWrite()
+	}()
+	go func() {
+		_, _ = conn.Write(sent)
+		_ = conn.CloseWrite()
+	}()
+	if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes of %d came back, %v", len(got), len(sent), err)
 	}
 }

@@ -879,6 +879,66 @@ func TestEnd(t *testing.T) {
 	}
 }
 
+// What does not end by itself is cut, and does not look complete (PT1-29).
+func TestCut(t *testing.T) {
+	t.Parallel() // it waits for the proxy's patience
+	dials := make(chan dialled, 1)
+	f := start(t, &Proxy{Clients: map[string]ptipc.TransportFactory{"x": asked(true, "x", dials)}}, environ(t, "CLIENT_TRANSPORTS=x"))
+	conn, err := connect(t, f.addr("x"), "", "192.0.2.1:443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := <-dials
+	_ = f.stdin.Close()
+	if got, err := io.ReadAll(conn); len(got) > 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("tor got %q, %v", got, err)
+	}
+	if _, err := d.far.Read(make([]byte, 1)); err == nil {
+		t.Error("the wire is still open")
+	}
+	if err := f.end(); err != nil {
+		t.Errorf("ends with %v", err)
+	}
+}
+
+// Nothing is held for connections that have ended, well or badly.
+func TestDescriptors(t *testing.T) {
+	descriptors := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Skip("this system does not list descriptors")
+		}
+		return len(entries)
+	}
+	before := descriptors()
+	or := listenOR(t)
+	f := start(t, servers(plain(t, nil, nil)), environ(t, append(or.environ(), "SERVER_TRANSPORTS=x", "SERVER_BINDADDR=x-127.0.0.1:0")...))
+	for i := range 20 {
+		client, err := net.Dial("tcp", f.addr("x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := or.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%4 > 0 { // otherwise tor hangs up at once
+			_, _ = wire.AcceptExtended(conn, or.cookie, func(wire.Client) error { return []error{nil, ptipc.ErrRefused, nil, nil}[i%4] })
+		}
+		conn.Close()
+		_, _ = io.ReadAll(client)
+		client.Close()
+	}
+	_ = f.stdin.Close()
+	if err := f.end(); err != nil {
+		t.Error(err)
+	}
+	or.Close()
+	if after := descriptors(); after > before {
+		t.Errorf("%d descriptors are open, %d were before", after, before)
+	}
+}
+
 // The end of standard input means nothing to a proxy that was not told so (PT1-29).
 func TestStandardInputIsClosed(t *testing.T) {
 	dials := make(chan dialled, 1)
