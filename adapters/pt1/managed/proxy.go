@@ -174,7 +174,7 @@ func (r *running) start(ctx context.Context) error {
 // announce opens one transport and says so, or why not. The error is of the control channel.
 func (r *running) announce(name, keyword string, done map[string]bool, open func() (stdio.Message, error)) error {
 	if !wire.ValidName(name) {
-		r.log.Warn("what tor asks for is not the name of a transport", "name", fmt.Sprintf("%.64q", name))
+		r.log.Warn("what tor asks for is not the name of a transport", "name", fmt.Sprintf("%.64s", name))
 		return nil
 	}
 	if done[name] {
