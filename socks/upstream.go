@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"strings"
 
 	"pthost/ptipc"
 )
@@ -103,4 +104,36 @@ func readLoginReply(r io.Reader, b []byte) error {
 		return fmt.Errorf("socks: the upstream proxy refused username and password: %w", ptipc.ErrNotAllowed)
 	}
 	return nil
+}
+
+// UpstreamDialer returns a function that makes every connection through the proxy
+// of a URL, socks5://[USER:PASSWORD@]HOST:PORT, and none in any other way (PROXY-1).
+// dial reaches the proxy itself; nil is a plain [net.Dialer]. Errors do not repeat
+// the URL, which is a secret (PROXY-3).
+func UpstreamDialer(rawURL string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) (func(ctx context.Context, network, addr string) (net.Conn, error), error) {
+	u, err := url.Parse(rawURL)
+	if err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "" {
+		return nil, errors.New("the upstream proxy has to be socks5://[USER:PASSWORD@]HOST:PORT")
+	}
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if !strings.HasPrefix(network, "tcp") {
+			return nil, fmt.Errorf("the upstream proxy carries TCP, not %s: %w", network, ptipc.ErrNotAllowed)
+		}
+		conn, err := dial(ctx, "tcp", u.Host)
+		if err != nil && ctx.Err() == nil {
+			// It says nothing about the destination.
+			err = ptipc.WithClass(ptipc.ErrGeneral, err)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("upstream proxy: %w", err)
+		}
+		if err := ConnectUpstream(ctx, conn, u.User, addr); err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("upstream proxy: %w", err)
+		}
+		return conn, nil
+	}, nil
 }

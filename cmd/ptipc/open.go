@@ -133,7 +133,11 @@ func checkDialect(name string, t config.Transport) error {
 
 // events tells the operator what happens to a child.
 func (o *opener) events(name string) func(host.Event) {
-	log := o.log.With("transport", name)
+	return o.tell(name, o.log.With("transport", name))
+}
+
+// tell tells what happens to a child in a log that says which one it is.
+func (o *opener) tell(name string, log *slog.Logger) func(host.Event) {
 	return func(e host.Event) {
 		if o.console != nil {
 			o.console.event(name, e)
@@ -255,9 +259,14 @@ func (f *childFlags) add(cmd *cobra.Command) {
 	if err != nil {
 		panic(err) // the flag was defined a line above
 	}
-	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
+	f.addKind(cmd)
 	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the configuration is handed over: stdin or argv, which every local user can read")
 	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
+}
+
+// addKind adds the flags that say what kind of child it is and what it may do.
+func (f *childFlags) addKind(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
 	cmd.Flags().StringArrayVar(&f.sandbox.Read, "allow-read", nil, "a file or directory that the child may read, beside its state, the system's, and files that CONFIG names")
 	cmd.Flags().StringArrayVar(&f.sandbox.Write, "allow-write", nil, "one that it may change as well")
 	cmd.Flags().BoolVar(&f.sandbox.Off, "no-sandbox", false, "the child may use what this user may use")

@@ -26,6 +26,7 @@ var packages = map[string]string{
 	"nft":          "nftables",
 	"dig":          "bind9-dnsutils",
 	"unshare":      "util-linux",
+	"tor-gencert":  "tor",
 }
 
 // Need returns the path of a program. A missing one skips the test and says what
