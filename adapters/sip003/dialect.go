@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"pthost/ptipc"
@@ -203,6 +204,10 @@ func connect(_ context.Context, _ net.Conn, _ stdio.CMethod, settings ptipc.Opaq
 // freePort is an address of the loopback that was free a moment ago: a plugin cannot
 // choose one itself, and say which.
 func freePort() (netip.AddrPort, error) {
+	// A process that is being started has copies of all sockets until it executes its
+	// program: with one of this, the port would not be free.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	l, err := localnet.ListenTCP("127.0.0.1:0")
 	if err != nil {
 		return netip.AddrPort{}, err

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -131,17 +132,25 @@ func listenerAt(network string, addr netip.AddrPort, pids []int) error {
 	return ownedBy(sock, addr, pids)
 }
 
+// diagnosed says that the kernel can look up TCP sockets.
+var diagnosed atomic.Bool
+
 // diagnoses is an error if the kernel cannot look up TCP sockets at all: it then does not
 // find one that is there for certain.
 func diagnoses() error {
+	if diagnosed.Load() {
+		return nil
+	}
 	l, err := ListenTCP("127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	if _, err = listenerFor(l.Addr().(*net.TCPAddr).AddrPort()); errors.Is(err, ErrNoListener) {
+	_, err = listenerFor(l.Addr().(*net.TCPAddr).AddrPort())
+	if errors.Is(err, ErrNoListener) {
 		return fmt.Errorf("%w: the kernel lacks the module tcp_diag; load it", ErrUnsupported)
 	}
+	diagnosed.Store(err == nil)
 	return err
 }
 
