@@ -225,10 +225,7 @@ func awaitListener(ctx context.Context, networks []string, addr netip.AddrPort, 
 		for _, network := range networks {
 			err := localnet.ListenerAt(network, addr, nil)
 			if errors.Is(err, localnet.ErrForeignListener) { // there is one, and whose is it?
-				var own []int
-				if own, err = pids(); err == nil {
-					err = localnet.ListenerAt(network, addr, own)
-				}
+				err = ownedBy(network, addr, pids)
 			}
 			if errors.Is(err, errors.ErrUnsupported) {
 				err = reach(ctx, addr)
@@ -243,6 +240,18 @@ func awaitListener(ctx context.Context, networks []string, addr netip.AddrPort, 
 			return fmt.Errorf("the plugin does not listen on %s: %w", addr, context.Cause(ctx))
 		}
 	}
+}
+
+// ownedBy says whether a listener is held by one of the plugin's processes.
+func ownedBy(network string, addr netip.AddrPort, pids func() ([]int, error)) error {
+	own, err := pids()
+	if err != nil {
+		return err
+	}
+	if len(own) == 0 { // the plugin has just ended, which says more
+		return localnet.ErrNoListener
+	}
+	return localnet.ListenerAt(network, addr, own)
 }
 
 // reach connects, where the system tells nothing else about listeners.
