@@ -247,11 +247,11 @@ func TestShadowsocksBecomesAnotherUser(t *testing.T) {
 func TestShadowsocksPluginFails(t *testing.T) {
 	asPlugin(t)
 	for options, want := range map[string]string{
-		"transport=websocket;url=ws://x/p;nonsense":         "/nonsense: is not a key here",
-		"transport=websocket;pin=" + strings.Repeat("x", 9): "/url: is missing",
-		"exec=no-such-transport":                            "no-such-transport",
-		"exec=false;plain":                                  "exit code 1",
-		"transport=websocket;token=hunter2":                 "/token: is not a key here",
+		"transport=websocket;url=ws://x/p;nonsense":   "/nonsense: is not a key here",
+		"transport=websocket;url=wss://x/p;pin=short": "/pin",
+		"exec=no-such-transport":                      "no-such-transport",
+		"exec=false;plain":                            "exit code 1",
+		"transport=websocket;token=hunter2":           "/token: is not a key here",
 	} {
 		client := startShadowsocks(t, "ss-local", "127.0.0.1:1", options, "-b", "127.0.0.1", "-l", "0")
 		if err := client.wait(t); err == nil {
