@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"pthost/adapters/sip003"
 	"pthost/ptipc"
 )
 
@@ -66,7 +67,12 @@ configuration, 69 when something needed is not there.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          usageArgs(cobra.NoArgs),
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if sip003.Present(os.Getenv) { // Shadowsocks gives a plugin no arguments
+				return runPlugin(cmd.Context(), &o)
+			}
+			return cmd.Help()
+		},
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see %s --help: %w", err, cmd.CommandPath(), ptipc.ExitUsage)
@@ -81,7 +87,7 @@ configuration, 69 when something needed is not there.`,
 			panic(err) // the flag was defined three lines above
 		}
 	}
-	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newBench(&o), newLaunch())
+	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newSIP003(&o), newBench(&o), newLaunch())
 	return root
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"pthost/adapters/pt1"
 	"pthost/adapters/pt2"
+	"pthost/adapters/sip003"
 	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 	"pthost/ptipc/host"
@@ -28,7 +29,7 @@ import (
 
 // dialects are the protocols of children other than the project's own, by the words of
 // HOST.json.
-var dialects = map[string]checkedDialect{"pt1": pt1.Dialect{}, "pt2": pt2.Dialect{}}
+var dialects = map[string]checkedDialect{"pt1": pt1.Dialect{}, "pt2": pt2.Dialect{}, "sip003": sip003.Dialect{}}
 
 // A checkedDialect can tell what is wrong with a configuration without starting a child.
 type checkedDialect interface {

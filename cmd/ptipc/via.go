@@ -125,6 +125,9 @@ func explain(out io.Writer, file *config.File) {
 			header := ""
 			if t.ProxyProtocol {
 				header = "PROXY protocol header with the client's address, then "
+				if t.Dialect == "sip003" {
+					header = "PROXY protocol header that says that the client is not known, then "
+				}
 			}
 			fmt.Fprintf(out, "  │ delivery: %s\nthis host\n  │ %sthe stream\nservice %s\n\n", delivery(t), header, t.Deliver)
 		default:
@@ -135,10 +138,13 @@ func explain(out io.Writer, file *config.File) {
 
 // delivery says how a server's child brings its connections to the host.
 func delivery(t config.Transport) string {
-	if t.Dialect != "" {
-		return "Extended ORPort on loopback TCP, with the client's address"
+	switch t.Dialect {
+	case "":
+		return "modified SOCKS5 on a unix socket, with the client's address"
+	case "sip003":
+		return "the stream alone on loopback TCP; who the client is, is not known"
 	}
-	return "modified SOCKS5 on a unix socket, with the client's address"
+	return "Extended ORPort on loopback TCP, with the client's address"
 }
 
 // handover says what host and child speak for a front.
@@ -148,6 +154,8 @@ func handover(f config.Front, t config.Transport) string {
 		return "SOCKS5 on loopback TCP, settings as username and password (RFC 1929)"
 	case "pt2":
 		return "SOCKS5 on loopback TCP, settings as JSON with a length (method 0x09)"
+	case "sip003":
+		return "the stream alone on loopback TCP"
 	}
 	method := "no settings (method 0x00)"
 	if !f.Settings.Empty() {

@@ -104,7 +104,7 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 	c.proc, err = proc.Start(ctx, proc.Spec{
 		Path: s.command.Path, Args: append(slices.Clone(s.command.Args), session.Args...), Dir: s.path, Env: s.command.environ(session),
 		Launcher: s.command.Launcher, Credential: s.command.Credential, Sandbox: sandbox, Limits: s.command.Limits, Files: files,
-		FinishWait: s.command.finishWait(session), Log: s.log,
+		FinishWait: s.command.finishWait(session), TermWait: s.command.termWait(session), Log: s.log,
 		OnLine: func(line []byte, truncated bool) {
 			if c.trace != nil {
 				c.trace(true, stdio.Mask(line))
@@ -200,7 +200,13 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 	case <-c.settled:
 	case <-c.proc.Done():
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		if c.session.Announce == nil {
+			return context.Cause(ctx)
+		}
+		select { // who has waited in its place says what for
+		case <-c.settled:
+		case <-c.proc.Done():
+		}
 	}
 	c.mu.Lock()
 	settled, err := c.isSettled, errors.Join(c.errs...)
@@ -301,23 +307,39 @@ func (c *child) checkSockets(ctx context.Context) error {
 			}
 			continue
 		}
-		conn, err := connect(ctx, c.dir, m.addr)
+		listens, err := c.owned(ctx, m.addr, pids)
 		switch {
-		case err == nil:
+		case err == nil || listens && errors.Is(err, errors.ErrUnsupported):
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
+		case listens:
+			return fmt.Errorf("%w: %s was announced at %s: %w (SOCKS-18)", errAnnounced, name, m.addr, err)
 		case c.gone(ctx):
 			return ended
 		default:
 			return fmt.Errorf("%w: %s was announced at %s, where nothing listens: %w (LINE-7)", errAnnounced, name, m.addr, err)
 		}
-		err = localnet.ListenerOwnedBy(conn, pids)
-		_ = conn.Close() // nothing was sent on it
-		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
-			return fmt.Errorf("%w: %s was announced at %s: %w (SOCKS-18)", errAnnounced, name, m.addr, err)
-		}
 	}
 	return nil
+}
+
+// owned says whether somebody listens on an announced address, and whether that is one
+// of the child's processes. It connects only where there is no other way to find out: a
+// child may begin something for a connection (SIP-11).
+func (c *child) owned(ctx context.Context, addr localnet.Addr, pids []int) (listens bool, err error) {
+	if !addr.Unix() {
+		err := localnet.ListenerAt("tcp", addr.AddrPort(), pids)
+		if !errors.Is(err, errors.ErrUnsupported) {
+			return !errors.Is(err, localnet.ErrNoListener), err
+		}
+	}
+	conn, err := connect(ctx, c.dir, addr)
+	if err != nil {
+		return false, err
+	}
+	err = localnet.ListenerOwnedBy(conn, pids)
+	_ = conn.Close() // nothing was sent on it
+	return true, err
 }
 
 // fail ends the start with an error.

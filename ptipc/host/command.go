@@ -72,7 +72,8 @@ type Command struct {
 	// StartTimeout bounds the time until CMETHODS DONE (LIFE-1). 0 is 30 seconds.
 	StartTimeout time.Duration
 	// StopTimeout is how long a child may finish open connections after its
-	// standard input was closed (LIFE-4). 0 is 5 seconds.
+	// standard input was closed (LIFE-4), or after SIGTERM if that is all that the
+	// dialect has. 0 is 5 seconds, and 2 for SIGTERM.
 	StopTimeout time.Duration
 	// Restart says what happens when the child ends by itself.
 	Restart Restart

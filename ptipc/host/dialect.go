@@ -86,8 +86,9 @@ type Session struct {
 	Stderr func(line string) stdio.Message
 	// Announce, if set, speaks for a child that says nothing itself: it waits until
 	// the child is ready and returns what the child would announce, with the end of
-	// the announcements. ctx ends with the start, or with the child.
-	Announce func(ctx context.Context) ([]stdio.Message, error)
+	// the announcements. pids are the child's processes, as those of [proc.Process]. ctx ends
+	// with the start, or with the child.
+	Announce func(ctx context.Context, pids func() ([]int, error)) ([]stdio.Message, error)
 
 	// Versions are the words of VERSION that are taken. Empty takes any.
 	Versions []string
@@ -150,6 +151,14 @@ func (c *Command) finishWait(session *Session) time.Duration {
 	return c.StopTimeout
 }
 
+// termWait is how long a child may take after SIGTERM.
+func (c *Command) termWait(session *Session) time.Duration {
+	if session.SignalOnly {
+		return c.StopTimeout
+	}
+	return 0
+}
+
 func (s *Session) parse(line []byte) (stdio.Message, error) {
 	if s.Line != nil {
 		return s.Line(line)
@@ -170,9 +179,11 @@ func (c *child) announceFor(ctx context.Context) {
 		case <-ended:
 		}
 	}()
-	messages, err := c.session.Announce(ctx)
+	messages, err := c.session.Announce(ctx, c.proc.Pids)
 	if err != nil {
-		if ctx.Err() == nil { // otherwise the end of the child, or of the start, says more
+		select {
+		case <-c.proc.Done(): // it says more
+		default:
 			c.fail(err)
 		}
 		return

@@ -19,11 +19,12 @@ const (
 	maxAcceptPause     = time.Second
 )
 
-// A GuardedListener lets in only some users of this machine; [Guard] makes it.
+// A GuardedListener lets in only some users of this machine; [Guard] and [GuardFunc]
+// make it.
 type GuardedListener struct {
 	net.Listener
 	log     *slog.Logger
-	uids    []uint32
+	allow   func(Cred) bool
 	refused atomic.Uint64
 
 	closeOnce sync.Once
@@ -43,13 +44,19 @@ type GuardedListener struct {
 // system is out of descriptors or memory (SOCKS-10). log gets at most one line a second
 // about refused connections; nil discards.
 func Guard(l net.Listener, log *slog.Logger, uids ...uint32) *GuardedListener {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
 	if len(uids) == 0 {
 		uids = []uint32{uint32(os.Geteuid())}
 	}
-	return &GuardedListener{Listener: l, log: log, uids: slices.Clone(uids), closed: make(chan struct{}), level: slog.LevelDebug}
+	uids = slices.Clone(uids)
+	return GuardFunc(l, log, func(peer Cred) bool { return slices.Contains(uids, peer.UID) })
+}
+
+// GuardFunc is [Guard] for whom allow lets in, which is asked for each connection.
+func GuardFunc(l net.Listener, log *slog.Logger, allow func(peer Cred) bool) *GuardedListener {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &GuardedListener{Listener: l, log: log, allow: allow, closed: make(chan struct{}), level: slog.LevelDebug}
 }
 
 // Refused is the number of connections that were closed because of their user.
@@ -74,7 +81,7 @@ func (g *GuardedListener) Accept() (net.Conn, error) {
 		}
 		pause = minAcceptPause
 		cred, err := Peer(conn)
-		if err == nil && slices.Contains(g.uids, cred.UID) {
+		if err == nil && g.allow(cred) {
 			return conn, nil
 		}
 		conn.Close()

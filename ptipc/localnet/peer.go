@@ -25,6 +25,9 @@ var (
 
 	// ErrForeignListener says that a listening socket belongs to another process.
 	ErrForeignListener = errors.New("the listening socket belongs to another process")
+
+	// ErrNoListener says that nobody listens on an address.
+	ErrNoListener = errors.New("nobody listens there")
 )
 
 // A Cred is who is at the other end of a connection.
@@ -92,6 +95,26 @@ func ListenerOwnedBy(conn net.Conn, pids []int) error {
 		return nil
 	}
 	return fmt.Errorf("localnet: owner of the listener behind a %T: %w", conn, ErrUnsupported)
+}
+
+// ListenerAt says who listens on an address of the network "tcp", or has it on "udp",
+// without connecting to it, which would be the beginning of something for who listens: nil if it is one of the processes pids,
+// else [ErrNoListener], [ErrForeignListener], [ErrWildcard] where the socket takes
+// connections on all addresses and addr is a single one, or [ErrUnsupported] where the
+// system cannot tell. As with [ListenerOwnedBy], the same user is enough for a process whose
+// descriptors may not be read.
+func ListenerAt(network string, addr netip.AddrPort, pids []int) error {
+	if err := listenerAt(network, unmap(addr), pids); err != nil {
+		return fmt.Errorf("localnet: the listener on %s %s: %w", network, addr, err)
+	}
+	return nil
+}
+
+// RunsAs reports whether a process has this effective user. It is false where the system
+// does not tell.
+func RunsAs(pid int, uid uint32) bool {
+	same, err := runsAs(pid, uid)
+	return err == nil && same
 }
 
 // loopbackEnds are the addresses of both ends, which share this machine.

@@ -44,3 +44,7 @@ func tcpListenerOwnedBy(*net.TCPConn, netip.AddrPort, netip.AddrPort, []int) err
 func udpPeer(netip.AddrPort, netip.AddrPort) (Cred, error) { return Cred{}, ErrUnsupported }
 
 func udpOwnedBy(netip.AddrPort, []int) error { return ErrUnsupported }
+
+func listenerAt(string, netip.AddrPort, []int) error { return ErrUnsupported }
+
+func runsAs(int, uint32) (bool, error) { return false, ErrUnsupported }

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -93,23 +94,96 @@ func tcpAlive(conn *net.TCPConn) bool {
 var errNoListener = fmt.Errorf("nobody listens there any more: %w", ErrForeignListener)
 
 func tcpListenerOwnedBy(conn *net.TCPConn, local, remote netip.AddrPort, pids []int) error {
-	// A foreign address of 0 matches no connection, so the kernel goes on to find
-	// the listener that a new connection would reach.
-	nobody := netip.AddrPortFrom(unspecified(remote.Addr()), 0)
-	sock, err := diag.lookup(remote, nobody)
-	if errors.Is(err, unix.ENOENT) {
+	sock, err := listenerFor(remote)
+	if errors.Is(err, ErrNoListener) {
 		return cmp.Or(undiagnosed(conn, local, remote), errNoListener)
 	}
 	if err != nil {
 		return err
 	}
-	if sock.state != tcpListen || sock.inode == 0 || sock.local.Port() != remote.Port() {
-		return errNoListener
-	}
 	if sock.local.Addr().IsUnspecified() {
 		return ErrWildcard
 	}
-	if sock.local != remote {
+	return ownedBy(sock, remote, pids)
+}
+
+func listenerAt(network string, addr netip.AddrPort, pids []int) error {
+	find := listenerFor
+	switch network {
+	case "tcp":
+	case "udp":
+		find = udpSocketFor
+	default:
+		return fmt.Errorf("%q: %w", network, net.UnknownNetworkError(network))
+	}
+	sock, err := find(addr)
+	if errors.Is(err, ErrNoListener) {
+		return cmp.Or(diagnoses(), err)
+	}
+	if err != nil {
+		return err
+	}
+	if sock.local.Addr().IsUnspecified() {
+		if !addr.Addr().IsUnspecified() {
+			return ErrWildcard
+		}
+		addr = sock.local // one socket of IPv6 may take both
+	}
+	return ownedBy(sock, addr, pids)
+}
+
+// diagnosed says that the kernel can look up TCP sockets.
+var diagnosed atomic.Bool
+
+// diagnoses is an error if the kernel cannot look up TCP sockets at all: it then does not
+// find one that is there for certain.
+func diagnoses() error {
+	if diagnosed.Load() {
+		return nil
+	}
+	l, err := ListenTCP("127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	_, err = listenerFor(l.Addr().(*net.TCPAddr).AddrPort())
+	if errors.Is(err, ErrNoListener) {
+		return fmt.Errorf("%w: the kernel lacks the module tcp_diag; load it", ErrUnsupported)
+	}
+	diagnosed.Store(err == nil)
+	return err
+}
+
+// listenerFor finds the socket that a connection to addr would reach.
+func listenerFor(addr netip.AddrPort) (diagSocket, error) {
+	// A foreign address of 0 matches no connection, so the kernel goes on to find
+	// the listener that a new connection would reach.
+	sock, err := diag.lookup(addr, netip.AddrPortFrom(unspecified(addr.Addr()), 0))
+	if errors.Is(err, unix.ENOENT) {
+		return sock, fmt.Errorf("%w: %w", ErrNoListener, err)
+	}
+	if err == nil && (sock.state != tcpListen || sock.inode == 0 || sock.local.Port() != addr.Port()) {
+		err = ErrNoListener
+	}
+	return sock, err
+}
+
+// udpSocketFor finds the socket that takes what comes to addr from anywhere.
+func udpSocketFor(addr netip.AddrPort) (diagSocket, error) {
+	// Whoever sends from port 0, which nobody has, reaches what is not connected.
+	sock, err := diag.lookupUDP(addr, netip.AddrPortFrom(unspecified(addr.Addr()), 0))
+	if errors.Is(err, unix.ENOENT) {
+		return sock, fmt.Errorf("%w: %w", ErrNoListener, err)
+	}
+	if err == nil && (sock.inode == 0 || sock.local.Port() != addr.Port()) {
+		err = ErrNoListener
+	}
+	return sock, err
+}
+
+// ownedBy says whether a listener is on this address and held by one of the processes.
+func ownedBy(sock diagSocket, addr netip.AddrPort, pids []int) error {
+	if sock.local != addr {
 		return fmt.Errorf("it listens on %s: %w", sock.local, ErrForeignListener)
 	}
 	return heldBy(sock, pids)
@@ -207,19 +281,14 @@ func undiagnosedUDP(local, from netip.AddrPort) error {
 }
 
 func udpOwnedBy(addr netip.AddrPort, pids []int) error {
-	// Whoever sends from port 0, which nobody has, reaches what is not connected.
-	sock, err := diag.lookupUDP(addr, netip.AddrPortFrom(addr.Addr(), 0))
+	sock, err := udpSocketFor(addr)
 	switch {
-	case errors.Is(err, unix.ENOENT):
+	case errors.Is(err, ErrNoListener):
 		return errNoListener
 	case err != nil:
 		return err
-	case sock.inode == 0 || sock.local.Port() != addr.Port():
-		return errNoListener
 	case sock.local.Addr().IsUnspecified():
 		return ErrWildcard
-	case sock.local != addr:
-		return fmt.Errorf("it is bound to %s: %w", sock.local, ErrForeignListener)
 	}
-	return heldBy(sock, pids)
+	return ownedBy(sock, addr, pids)
 }

@@ -27,6 +27,12 @@ var packages = map[string]string{
 	"dig":          "bind9-dnsutils",
 	"unshare":      "util-linux",
 	"tor-gencert":  "tor",
+	"ss-local":     "shadowsocks-libev",
+	"ss-server":    "shadowsocks-libev",
+	"obfs-local":   "simple-obfs",
+	"obfs-server":  "simple-obfs",
+
+	"ss-v2ray-plugin": "shadowsocks-v2ray-plugin",
 }
 
 // Need returns the path of a program. A missing one skips the test and says what

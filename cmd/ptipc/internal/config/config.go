@@ -103,9 +103,8 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Load reads and checks a file. Paths in it are relative to its directory. The
-// error names the file, the JSON pointer, the value and the remedy.
-func Load(path string) (*File, error) {
+// Read reads a file of JSON, which is kilobytes: a larger one is a mistake.
+func Read(path string) (ptipc.Opaque, error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ptipc.ExitNoInput)
@@ -116,6 +115,16 @@ func Load(path string) (*File, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ptipc.ExitNoInput)
+	}
+	return text, nil
+}
+
+// Load reads and checks a file. Paths in it are relative to its directory. The
+// error names the file, the JSON pointer, the value and the remedy.
+func Load(path string) (*File, error) {
+	text, err := Read(path)
+	if err != nil {
+		return nil, err
 	}
 	file, err := Parse(text)
 	if err != nil {
@@ -211,7 +220,7 @@ func oneOf(pointer, value string, allowed ...string) error {
 }
 
 // Dialects are the protocols of children other than the project's own.
-var Dialects = []string{"pt1", "pt2"}
+var Dialects = []string{"pt1", "pt2", "sip003"}
 
 // validateDialect checks what children of another protocol cannot be given.
 func (t *Transport) validateDialect() error {
@@ -232,6 +241,8 @@ func (t *Transport) validateDialect() error {
 		return wrong("/config_via", "has no meaning beside a dialect, which has its own way to start a child", "remove it")
 	case t.Signals.set():
 		return wrong("/signals", "need control lines that children of this dialect do not know", "remove them")
+	case t.Dialect == "sip003" && t.Proxy != "":
+		return wrong("/proxy", "cannot be handed to a Shadowsocks plugin, whose traffic would go around it", "remove it")
 	case t.Role == "server" && t.Proxy != "":
 		return wrong("/proxy", "has no meaning for a server of this dialect, which makes no connections of its own", "remove it")
 	case t.Role == "server" && t.Deliver == "" && len(t.Via) == 0:
@@ -257,6 +268,9 @@ func (t *Transport) Validate() error {
 		return &ptipc.ConfigError{Pointer: "/config_via", Value: `"stdin"`, Problem: "cannot be had from a plain child", Remedy: `write "argv", or remove "plain"`}
 	}
 	if err := t.validateServer(); err != nil {
+		return err
+	}
+	if err := t.validateDialect(); err != nil {
 		return err
 	}
 	if len(t.Attach) > 0 && (t.Sandbox.set() || t.Limits != Limits{}) {

@@ -70,6 +70,7 @@ func TestFaults(t *testing.T) {
 		{"neither", `{"transports":{"a":{}}}`, "/transports/a/exec", "either", true},
 		{"both", base(`,"attach":{"x":"127.0.0.1:1"}`), "/transports/a/exec", "either", true},
 		{"role", base(`,"role":"peer"`), "/transports/a/role", "client or server", true},
+		{"plugin and proxy", `{"transports":{"a":{"exec":"x","dialect":"sip003","proxy":"socks5://user:hunter2@127.0.0.1:1"}}}`, "/transports/a/proxy", "around", false},
 		{"config", base(`,"config":[]`), "/transports/a/config", "not an object", true},
 		{"duplicate in config", base(`,"config":{"a":1,"a":2}`), "/transports/a/config/a", "twice", false},
 		{"deliver of a client", base(`,"deliver":"tcp://127.0.0.1:1"`), "/transports/a/deliver", "belongs to a server", false},
@@ -89,7 +90,7 @@ func TestFaults(t *testing.T) {
 		{"duration zero", base(`,"start_timeout":"0s"`), "/transports/a/start_timeout", "500ms", false},
 		{"duration type", base(`,"start_timeout":10`), "/transports/a/start_timeout", "string", true},
 		{"same state", `{"transports":{"a":{"exec":"x","state":"s"},"b":{"exec":"y","state":"s"}}}`, "/transports/b/state", "of a as well", false},
-		{"dialect", base(`,"dialect":"pt9"`), "/transports/a/dialect", "pt1 or pt2", true},
+		{"dialect", base(`,"dialect":"pt9"`), "/transports/a/dialect", "pt1 or pt2 or sip003", true},
 		{"dialect of a builtin", base(`,"dialect":"pt1"`), "/transports/a/dialect", "builtin", false},
 		{"dialect and attach", `{"transports":{"a":{"dialect":"pt1","attach":{"x":"127.0.0.1:1"}}}}`, "/transports/a/attach", "exec", false},
 		{"dialect and plain", dialect(`,"plain":true`), "/transports/a/plain", "remove", false},
@@ -188,7 +189,8 @@ const full = `{
       "start_timeout": "500ms", "stop_timeout": "1.5s"},
     "b": {"attach": {"x": "127.0.0.1:4000"}},
     "c": {"exec": "pt-in-path", "plain": true, "signals": {"dir": "mail"}},
-    "d": {"exec": "x", "signals": {"command": {"send": ["./carry", "./as it is"], "receive": ["fetch"]}}}
+    "d": {"exec": "x", "signals": {"command": {"send": ["./carry", "./as it is"], "receive": ["fetch"]}}},
+    "e": {"exec": "obfs-server", "dialect": "sip003", "role": "server", "config": {"remote": "0.0.0.0:443"}, "deliver": "tcp://127.0.0.1:80"}
   },
   "control": "unix://ctl.sock",
   "metrics": "tcp://192.0.2.1:9100",
