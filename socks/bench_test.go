@@ -164,9 +164,10 @@ func BenchmarkHandshake(b *testing.B) {
 	}
 	in = append([]byte("\x05\x01\x80{\"padding\":true,\"server\":\"192.0.2.1:443\"}"+request[3:]), in[:16]...)
 	b.ReportAllocs()
+	server := new(Server)
 	for b.Loop() {
 		h := newHandshake(&script{in: in, piece: 1 << 20})
-		if _, err := h.read(false, false); err != nil {
+		if _, err := h.read(server); err != nil {
 			b.Fatal(err)
 		}
 		h.release()

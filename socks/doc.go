@@ -26,5 +26,6 @@
 // Settings travel under method 0x80, as raw JSON or with a length, and under
 // 0x09 with a length (SOCKS-1 to SOCKS-4). A server with Plain set is an ordinary
 // SOCKS5 proxy without authentication, for programs that know nothing of
-// settings; [ConnectUpstream] is the client of an ordinary SOCKS5 proxy.
+// settings, and one with Login takes settings as username and password;
+// [ConnectUpstream] is the client of an ordinary SOCKS5 proxy.
 package socks

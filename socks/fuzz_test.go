@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -49,13 +50,17 @@ type outcome struct {
 }
 
 func serveScript(in []byte, piece int, bound, plain bool) outcome {
+	return serveScriptBy(&Server{Bound: bound, Plain: plain}, in, piece)
+}
+
+func serveScriptBy(s *Server, in []byte, piece int) outcome {
 	var o outcome
 	client := &script{in: in, piece: piece}
 	wire := &script{piece: 1}
-	s := &Server{Bound: bound, Plain: plain, Dial: func(_ context.Context, r *Request) (net.Conn, error) {
+	s.Dial = func(_ context.Context, r *Request) (net.Conn, error) {
 		o.dialed, o.dest, o.settings = true, r.Dest, string(r.Settings)
 		return wire, nil
-	}}
+	}
 	s.init()
 	session := &session{conn: client}
 	s.slots <- struct{}{}
@@ -63,6 +68,39 @@ func serveScript(in []byte, piece int, bound, plain bool) outcome {
 	s.serve(session)
 	o.answer, o.wire = client.out.String(), wire.out.String()
 	return o
+}
+
+// FuzzLogin: every input is answered or dropped, the same in one segment as byte by
+// byte, and nothing is dialled before the login was taken (PT1-22).
+func FuzzLogin(f *testing.F) {
+	for _, v := range readVectors(f) {
+		if v.server == "login" {
+			f.Add(append(v.sent(), "early"...))
+		}
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		whole := serveScriptBy(&Server{Login: login}, in, len(in)+1)
+		if single := serveScriptBy(&Server{Login: login}, in, 1); single != whole {
+			t.Fatalf("in one segment %+v, byte by byte %+v", whole, single)
+		}
+		reply := whole.answer
+		switch {
+		case strings.HasPrefix(reply, "\x05\x02\x01\x00"):
+			reply = reply[4:]
+		case strings.HasPrefix(reply, "\x05\x00"):
+			reply = reply[2:]
+		case reply == "", reply == "\x05\xff", reply == "\x05\x02\x01\x01":
+			if whole.dialed {
+				t.Fatalf("dialled after % x", reply)
+			}
+			return
+		default:
+			t.Fatalf("the answer is % x", reply)
+		}
+		if len(reply) != 10 || reply[1] > 8 || (reply[1] == 0) != whole.dialed {
+			t.Fatalf("dialled: %v, the reply is % x", whole.dialed, reply)
+		}
+	})
 }
 
 // FuzzServer: every input is answered or dropped, the same in one segment as

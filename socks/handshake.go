@@ -22,6 +22,8 @@ const (
 	methodLength     = 0x09 // settings with a length
 	methodSettings   = 0x80 // settings, raw or with a length
 	methodRefused    = 0xff
+	loginTaken       = 0x00
+	loginRefused     = 0x01
 	commandConnect   = 0x01
 	handshakeBuffer  = 2048
 	refusedByVersion = "socks: version %d is not SOCKS5"
@@ -30,6 +32,9 @@ const (
 // errSilent marks the end of a handshake that gets no answer: what came is not
 // SOCKS5, or the client is gone.
 var errSilent = errors.New("no answer")
+
+// errLogin marks a handshake that did not get past username and password.
+var errLogin = errors.New("the login is refused")
 
 // A handshake reads greeting, settings and request from a client. Its memory is
 // used again for other clients; nothing may point into it once it is released.
@@ -61,10 +66,10 @@ func (h *handshake) release() {
 // rest returns a copy of the bytes that came behind the request: early data.
 func (h *handshake) rest() []byte { return bytes.Clone(h.buf[h.pos:]) }
 
-// read runs the handshake. The error has the class that the client is to be
-// told, or is errSilent.
-func (h *handshake) read(plain, bound bool) (Request, error) {
-	method, err := h.readGreeting(plain)
+// read runs the handshake with the methods that s takes. The error has the class
+// that the client is to be told, or is errSilent or errLogin.
+func (h *handshake) read(s *Server) (Request, error) {
+	method, err := h.readGreeting(s.methods())
 	if err != nil {
 		return Request{}, err
 	}
@@ -74,11 +79,15 @@ func (h *handshake) read(plain, bound bool) (Request, error) {
 		settings, err = h.readLengthSettings()
 	case methodSettings:
 		settings, err = h.readSettings()
+	case methodPassword:
+		if settings, err = h.readLogin(s.Login); err != nil {
+			return Request{}, fmt.Errorf("%w: %w", errLogin, err)
+		}
 	}
 	if err != nil {
 		return Request{}, h.ended(err, ptipc.ErrSettingsTimedOut, ptipc.ErrSettingsNotJSON) // SOCKS-6
 	}
-	dest, err := h.readRequest(bound)
+	dest, err := h.readRequest(s.Bound)
 	if err != nil {
 		return Request{}, h.ended(err, ptipc.ErrTimedOut, ptipc.ErrGeneral)
 	}
@@ -97,7 +106,7 @@ func (h *handshake) ended(err error, timeout, truncated ptipc.Class) error {
 	return err
 }
 
-func (h *handshake) readGreeting(plain bool) (byte, error) {
+func (h *handshake) readGreeting(known []byte) (byte, error) {
 	b, err := h.next(2)
 	if err != nil {
 		return 0, fmt.Errorf("socks: %w to a greeting that did not come whole: %w", errSilent, err)
@@ -109,19 +118,26 @@ func (h *handshake) readGreeting(plain bool) (byte, error) {
 	if err != nil {
 		return 0, fmt.Errorf("socks: %w to a greeting that did not come whole: %w", errSilent, err)
 	}
-	h.method, h.owed = chooseMethod(offered, plain), true
+	h.method, h.owed = chooseMethod(offered, known), true
 	if h.method == methodRefused {
 		return 0, fmt.Errorf("socks: none of the offered methods % x is known", offered)
 	}
 	return h.method, nil
 }
 
-// chooseMethod lets settings win whatever the order of the client (SOCKS-1).
-func chooseMethod(offered []byte, plain bool) byte {
-	known := []byte{methodSettings, methodLength, methodNone}
-	if plain {
-		known = known[2:]
+// methods are those that the server takes, the preferred ones first.
+func (s *Server) methods() []byte {
+	switch {
+	case s.Login != nil:
+		return []byte{methodPassword, methodNone}
+	case s.Plain:
+		return []byte{methodNone}
 	}
+	return []byte{methodSettings, methodLength, methodNone}
+}
+
+// chooseMethod lets settings win whatever the order of the client (SOCKS-1).
+func chooseMethod(offered, known []byte) byte {
 	for _, m := range known {
 		if bytes.IndexByte(offered, m) >= 0 {
 			return m
@@ -181,6 +197,36 @@ func (h *handshake) takeSettings(n int) (ptipc.Opaque, error) {
 	}
 	settings, err := checkSettings(b)
 	return bytes.Clone(settings), err
+}
+
+// readLogin reads username and password (RFC 1929), and answers them once login has
+// made settings of them.
+func (h *handshake) readLogin(login func(username, password string) (ptipc.Opaque, error)) (ptipc.Opaque, error) {
+	b, err := h.next(2)
+	if err != nil {
+		return nil, err
+	}
+	if b[0] != passwordVersion {
+		return nil, fmt.Errorf("socks: a login of version %d is not that of RFC 1929", b[0])
+	}
+	if b, err = h.next(int(b[1]) + 1); err != nil {
+		return nil, err
+	}
+	username := string(b[:len(b)-1])
+	if b, err = h.next(int(b[len(b)-1])); err != nil {
+		return nil, err
+	}
+	settings, err := login(username, string(b))
+	if err != nil {
+		return nil, err
+	}
+	answer := []byte{version, h.method, passwordVersion, loginTaken}
+	if !h.owed {
+		answer = answer[2:]
+	}
+	h.owed = false
+	_, err = h.conn.Write(answer)
+	return settings, err
 }
 
 func (h *handshake) readRequest(bound bool) (string, error) {

@@ -57,6 +57,12 @@ type Server struct {
 	// and no reply codes but those of RFC 1928.
 	Plain bool
 
+	// Login, if set, makes the server one for programs that put settings into username
+	// and password (RFC 1929), as tor does: a client that offers method 0x02 logs in
+	// with it, and gets the settings that Login returns. An error refuses the client.
+	// Reply codes are those of RFC 1928 then.
+	Login func(username, password string) (ptipc.Opaque, error)
+
 	// Dial connects to the wire. ctx ends when the client hangs up (SOCKS-14), when
 	// a shutdown cuts connections and when Dial has returned. The class of an error
 	// is the reply (ERR-1). The conn should have CloseWrite: without it the end of
@@ -414,7 +420,7 @@ func (s *Server) serve(session *session) {
 // there is any.
 func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool) {
 	h := newHandshake(session.conn)
-	request, err := h.read(s.Plain, s.Bound)
+	request, err := h.read(s)
 	w := &watch{conn: session.conn, method: h.method, owed: h.owed, early: h.rest()}
 	h.release()
 
@@ -454,9 +460,15 @@ func (s *Server) refuse(conn net.Conn, method byte, owed bool, err error) {
 	}
 	_ = conn.SetDeadline(time.Now().Add(lingerTime))
 	answer := []byte{version, methodRefused}
-	if method != methodRefused {
+	switch {
+	case errors.Is(err, errLogin):
+		answer = []byte{version, method, passwordVersion, loginRefused}
+		if !owed {
+			answer = answer[2:]
+		}
+	case method != methodRefused:
 		class := ptipc.ClassOf(err)
-		if s.Plain && class > ptipc.ErrAddressType {
+		if (s.Plain || s.Login != nil) && class > ptipc.ErrAddressType {
 			class = ptipc.ErrGeneral // an ordinary client does not know the others
 		}
 		answer = reply(method, owed, class)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -172,6 +173,14 @@ func TestServerVectors(t *testing.T) {
 	}
 }
 
+// login makes settings of username and password, for the vectors of "server login".
+func login(username, password string) (ptipc.Opaque, error) {
+	if username == "refused" {
+		return nil, errors.New("as the vector says")
+	}
+	return json.Marshal(map[string]string{"username": username, "password": password})
+}
+
 func runServerVector(t *testing.T, v *vector, network string, sends [][]byte, early string) {
 	type dialed struct {
 		dest     string
@@ -180,6 +189,9 @@ func runServerVector(t *testing.T, v *vector, network string, sends [][]byte, ea
 	}
 	dials := make(chan dialed, 1)
 	s := &Server{Bound: v.server == "bound", Plain: v.server == "plain"}
+	if v.server == "login" {
+		s.Login = login
+	}
 	s.Dial = func(_ context.Context, r *Request) (net.Conn, error) {
 		if v.fail != 0 {
 			dials <- dialed{r.Dest, r.Settings, nil}

@@ -31,7 +31,7 @@ type Clause struct {
 }
 
 var (
-	clauseStart = regexp.MustCompile(`(?m)^- \*\*([A-Z]+-[0-9]+)\*\* `)
+	clauseStart = regexp.MustCompile(`(?m)^- \*\*([A-Z][A-Z0-9]*-[0-9]+)\*\* `)
 	clauseEnd   = regexp.MustCompile(`(?m)\n(?:\n|#|- )`)
 	white       = regexp.MustCompile(`\s+`)
 	must        = regexp.MustCompile(`\bMUST\b`)

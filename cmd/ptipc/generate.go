@@ -18,8 +18,11 @@ func newGenerate(o *options) *cobra.Command {
 object, {"client":…,"server":…}. Both hold secrets: keep them from others.
 
 ` + execUsage + `
-OPTIONS is a JSON object that only the transport knows, or @FILE.`,
-		Example:           `  ptipc generate builtin:websocket '{"listen":"0.0.0.0:443","host":"192.0.2.1"}'`,
+OPTIONS is a JSON object that only the transport knows, or @FILE. With --dialect pt1
+they are transport, listen, host and options; the server runs once and leaves its
+keys in --state, which is then the server's own state directory.`,
+		Example: `  ptipc generate builtin:websocket '{"listen":"0.0.0.0:443","host":"192.0.2.1"}'
+  ptipc generate obfs4proxy '{"transport":"obfs4","listen":"0.0.0.0:443","host":"192.0.2.1"}' --dialect pt1 --state ./obfs4`,
 		Args:              usageArgs(cobra.RangeArgs(1, 2)),
 		ValidArgsFunction: completeExec,
 		RunE: func(cmd *cobra.Command, args []string) error {

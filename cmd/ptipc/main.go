@@ -81,7 +81,7 @@ configuration, 69 when something needed is not there.`,
 			panic(err) // the flag was defined three lines above
 		}
 	}
-	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newBench(&o), newLaunch())
+	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newBench(&o), newLaunch())
 	return root
 }
 

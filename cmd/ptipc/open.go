@@ -17,12 +17,24 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"pthost/adapters/pt1"
+	"pthost/adapters/pt2"
 	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 	"pthost/ptipc/host"
 	"pthost/ptipc/proc"
 	"pthost/transports/builtin"
 )
+
+// dialects are the protocols of children other than the project's own, by the words of
+// HOST.json.
+var dialects = map[string]checkedDialect{"pt1": pt1.Dialect{}, "pt2": pt2.Dialect{}}
+
+// A checkedDialect can tell what is wrong with a configuration without starting a child.
+type checkedDialect interface {
+	host.Dialect
+	Check(role string, config ptipc.Opaque) error
+}
 
 // builtinPrefix marks a transport that the tool carries.
 const builtinPrefix = "builtin:"
@@ -58,6 +70,9 @@ func (o *opener) command(name string, t config.Transport) (*host.Command, error)
 			Min:   time.Duration(t.Restart.Min), Max: time.Duration(t.Restart.Max), GiveUpAfter: t.Restart.GiveUpAfter,
 		},
 		Events: o.events(name), Trace: o.options.tracer(o.log, name),
+	}
+	if d, ok := dialects[t.Dialect]; ok {
+		c.Dialect = d
 	}
 	if runtime.GOOS == "linux" {
 		c.Launcher = []string{o.self, launchCommand}
@@ -103,9 +118,26 @@ func lookUpUser(name string) (*proc.Credential, error) {
 	return &proc.Credential{UID: uint32(uid), GID: uint32(gid)}, nil
 }
 
+// checkDialect tells what is wrong with a configuration that a dialect reads.
+func checkDialect(name string, t config.Transport) error {
+	d, ok := dialects[t.Dialect]
+	if !ok {
+		return nil // only the transport knows
+	}
+	role := host.RoleClient
+	if t.Role != "" {
+		role = t.Role
+	}
+	return pt1.Under("/transports/"+name+"/config", d.Check(role, t.Config))
+}
+
 // events tells the operator what happens to a child.
 func (o *opener) events(name string) func(host.Event) {
-	log := o.log.With("transport", name)
+	return o.tell(name, o.log.With("transport", name))
+}
+
+// tell tells what happens to a child in a log that says which one it is.
+func (o *opener) tell(name string, log *slog.Logger) func(host.Event) {
 	return func(e host.Event) {
 		if o.console != nil {
 			o.console.event(name, e)
@@ -195,6 +227,7 @@ func completeExec(_ *cobra.Command, args []string, _ string) ([]string, cobra.Sh
 
 // childFlags say how one child is started.
 type childFlags struct {
+	dialect   string
 	plain     bool
 	configVia string
 	state     string
@@ -202,9 +235,19 @@ type childFlags struct {
 }
 
 func (f *childFlags) add(cmd *cobra.Command) {
-	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
+	cmd.Flags().StringVar(&f.dialect, "dialect", "", "what the executable speaks when it is not this project's protocol: "+strings.Join(config.Dialects, ", "))
+	err := cmd.RegisterFlagCompletionFunc("dialect", cobra.FixedCompletions(config.Dialects, cobra.ShellCompDirectiveNoFileComp))
+	if err != nil {
+		panic(err) // the flag was defined a line above
+	}
+	f.addKind(cmd)
 	cmd.Flags().StringVar(&f.configVia, "config-via", "", "how the configuration is handed over: stdin or argv, which every local user can read")
 	cmd.Flags().StringVar(&f.state, "state", "", "the state directory; without it the state is temporary")
+}
+
+// addKind adds the flags that say what kind of child it is and what it may do.
+func (f *childFlags) addKind(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.plain, "plain", false, "the executable takes neither HOST nor \"-\": EXE CONFIG and nothing more")
 	cmd.Flags().StringArrayVar(&f.sandbox.Read, "allow-read", nil, "a file or directory that the child may read, beside its state, the system's, and files that CONFIG names")
 	cmd.Flags().StringArrayVar(&f.sandbox.Write, "allow-write", nil, "one that it may change as well")
 	cmd.Flags().BoolVar(&f.sandbox.Off, "no-sandbox", false, "the child may use what this user may use")
@@ -212,7 +255,7 @@ func (f *childFlags) add(cmd *cobra.Command) {
 
 // config is the child as HOST.json would have it.
 func (f *childFlags) config(exe string) (config.Transport, error) {
-	t := config.Transport{Exec: exe, State: f.state, ConfigVia: f.configVia, Plain: f.plain, Sandbox: f.sandbox}
+	t := config.Transport{Exec: exe, State: f.state, Dialect: f.dialect, ConfigVia: f.configVia, Plain: f.plain, Sandbox: f.sandbox}
 	if f.sandbox.Off && len(f.sandbox.Read)+len(f.sandbox.Write) > 0 {
 		return t, fmt.Errorf("--no-sandbox leaves nothing to be allowed; remove it, or --allow-read and --allow-write: %w", ptipc.ExitUsage)
 	}
@@ -241,7 +284,9 @@ func (f *execFlags) add(cmd *cobra.Command) {
 
 // execUsage describes EXE and CONFIG in the help of commands that take them.
 const execUsage = `EXE is a path, a name in PATH, or builtin:NAME. CONFIG is a JSON object, or @FILE
-to read it from a file and keep it off the command line.`
+to read it from a file and keep it off the command line. An executable that was made
+for tor is used with --dialect pt1, and its CONFIG is of the form
+{"transports":{"obfs4":{"host":"192.0.2.1","port":443,"cert":"…","iat-mode":"0"}}}.`
 
 // transport opens EXE with CONFIG.
 func (f *execFlags) open(ctx context.Context, o *opener, exe, configText string) (*ptipc.Transport, ptipc.ConnectionFactory, error) {

@@ -109,6 +109,9 @@ and the remedy.`,
 					if _, err := opener.command(name, t); err != nil {
 						return fmt.Errorf("%s: %w", args[0], err)
 					}
+					if err := checkDialect(name, t); err != nil {
+						return fmt.Errorf("%s: %w", args[0], err)
+					}
 				}
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s: %d transports, %d fronts, no fault found\n", args[0], len(file.Transports), len(file.Fronts))

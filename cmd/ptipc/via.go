@@ -113,21 +113,35 @@ func explain(out io.Writer, file *config.File) {
 				}
 				rules = strings.Join(texts, ", ")
 			}
-			fmt.Fprintf(out, "  │ delivery: modified SOCKS5 on a unix socket, with the client's address\nadapter free: reads the header, looks names up, dials\n  │ allowed: %s\nthe destination\n\n", rules)
+			fmt.Fprintf(out, "  │ delivery: %s\nadapter free: reads the header, looks names up, dials\n  │ allowed: %s\nthe destination\n\n", delivery(t), rules)
 		case t.Deliver != "":
 			header := ""
 			if t.ProxyProtocol {
 				header = "PROXY protocol header with the client's address, then "
 			}
-			fmt.Fprintf(out, "  │ delivery: modified SOCKS5 on a unix socket, with the client's address\nthis host\n  │ %sthe stream\nservice %s\n\n", header, t.Deliver)
+			fmt.Fprintf(out, "  │ delivery: %s\nthis host\n  │ %sthe stream\nservice %s\n\n", delivery(t), header, t.Deliver)
 		default:
 			fmt.Fprintf(out, "  │ it connects its clients itself\nthe destination\n\n")
 		}
 	}
 }
 
+// delivery says how a server's child brings its connections to the host.
+func delivery(t config.Transport) string {
+	if t.Dialect != "" {
+		return "Extended ORPort on loopback TCP, with the client's address"
+	}
+	return "modified SOCKS5 on a unix socket, with the client's address"
+}
+
 // handover says what host and child speak for a front.
 func handover(f config.Front, t config.Transport) string {
+	switch t.Dialect {
+	case "pt1":
+		return "SOCKS5 on loopback TCP, settings as username and password (RFC 1929)"
+	case "pt2":
+		return "SOCKS5 on loopback TCP, settings as JSON with a length (method 0x09)"
+	}
 	method := "no settings (method 0x00)"
 	if !f.Settings.Empty() {
 		method = "settings as JSON (method 0x80)"
@@ -144,7 +158,9 @@ func describeChild(name string, t config.Transport) string {
 		return fmt.Sprintf("transport %s: a child that runs already", name)
 	}
 	via := "standard input"
-	if t.Plain || t.ConfigVia == "argv" {
+	if t.Dialect != "" {
+		via = "the dialect " + t.Dialect
+	} else if t.Plain || t.ConfigVia == "argv" {
 		via = "the command line"
 	}
 	return fmt.Sprintf("transport %s: child %s, configured by %s, %s", name, t.Exec, via, sandboxed(t.Sandbox))

@@ -8,10 +8,8 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/url"
 	"os"
 	"runtime"
-	"strings"
 
 	"pthost/ptipc"
 	"pthost/ptipc/localnet"
@@ -51,7 +49,7 @@ func (l *link) env(role string) (ptipc.Env, error) {
 	if l.host.Proxy == "" {
 		return env, nil
 	}
-	dial, err := proxyDialer(l.host.Proxy)
+	dial, err := socks.UpstreamDialer(l.host.Proxy, nil) // errors do not repeat the URL (PROXY-3)
 	if err != nil {
 		return env, errors.Join(fmt.Errorf("%w: %w", err, ptipc.ExitUnavailable),
 			l.out.Send(stdio.ProxyError{Text: stdio.OneLine(err.Error())}))
@@ -162,34 +160,6 @@ func (l *link) status(_ context.Context, attrs ...slog.Attr) {
 }
 
 func (l *link) logger() *slog.Logger { return slog.New(&logHandler{out: l.out}) }
-
-// proxyDialer makes every connection of the wire through an upstream proxy, and
-// none in any other way (PROXY-1). Errors do not repeat the URL (PROXY-3).
-func proxyDialer(raw string) (func(ctx context.Context, network, addr string) (net.Conn, error), error) {
-	u, err := url.Parse(raw)
-	if err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "" {
-		return nil, errors.New("the upstream proxy has to be socks5://[USER:PASSWORD@]HOST:PORT")
-	}
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if !strings.HasPrefix(network, "tcp") {
-			return nil, fmt.Errorf("the upstream proxy carries TCP, not %s: %w", network, ptipc.ErrNotAllowed)
-		}
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "tcp", u.Host)
-		if err != nil && ctx.Err() == nil {
-			// It says nothing about the destination.
-			err = ptipc.WithClass(ptipc.ErrGeneral, err)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("upstream proxy: %w", err)
-		}
-		if err := socks.ConnectUpstream(ctx, conn, u.User, addr); err != nil {
-			_ = conn.Close()
-			return nil, fmt.Errorf("upstream proxy: %w", err)
-		}
-		return conn, nil
-	}, nil
-}
 
 // guard keeps other users out where the system can tell them apart.
 func guard(l net.Listener, network string, log *slog.Logger, uids []uint32) net.Listener {

@@ -14,6 +14,10 @@ import (
 // maxLogMessage keeps a LOG line inside of LINE-1, however its bytes are escaped.
 const maxLogMessage = 8 << 10
 
+// NewLogHandler returns a handler that writes records as LOG lines to out, without
+// those for debugging: each line waits for the host to read it (LINE-9).
+func NewLogHandler(out *stdio.Writer) slog.Handler { return &logHandler{out: out} }
+
 // logHandler writes records as LOG lines (LINE-9).
 type logHandler struct {
 	out *stdio.Writer
@@ -22,7 +26,7 @@ type logHandler struct {
 	with []func(slog.Handler) slog.Handler
 }
 
-// Enabled leaves out what is for debugging: each line waits for the host to read it.
+// Enabled leaves out what is for debugging.
 func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= slog.LevelInfo
 }

@@ -102,6 +102,12 @@ func Forward(factory ptipc.ConnectionFactory, settings ptipc.Opaque, dest string
 	})
 }
 
+// Bring passes every connection on to what dial connects it with. client is for its
+// addresses only. A connection whose dial fails is reset.
+func Bring(dial func(ctx context.Context, client net.Conn) (net.Conn, error), log *slog.Logger) Server {
+	return newForward(log, dial)
+}
+
 // forward passes each connection on to what dial connects it with.
 type forward struct {
 	dial  func(ctx context.Context, client net.Conn) (net.Conn, error)

@@ -35,6 +35,9 @@ var errAnnounced = errors.New("the child broke the protocol")
 
 // method is one connection factory that a child has announced.
 type method struct {
+	announced stdio.CMethod // a client's factory, for the dialect
+	args      stdio.Args    // of a server, for its clients
+
 	addr  localnet.Addr // of a client's factory
 	wire  string        // ip:port of a server's wire
 	bound bool
@@ -46,6 +49,7 @@ type method struct {
 // child is one process, from its start to its end.
 type child struct {
 	role    string
+	session *Session
 	proc    *proc.Process
 	signals chan<- ptipc.Message // to be carried; nil if nobody does
 	dir     *localnet.Dir
@@ -86,42 +90,43 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 			_ = f.Close() // the child has it, and the memory stays
 		}
 	}()
-	args, firstLine, err := s.arguments(len(files) > 0)
+	session, err := s.session(len(files) > 0)
 	if err != nil {
 		return nil, err
 	}
 	c := &child{
-		role: s.role, signals: s.signals, dir: s.dir, ends: ends, env: s.env, log: s.log, trace: s.command.Trace,
+		role: s.role, session: session, signals: s.signals, dir: s.dir, ends: ends, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
 	sandbox := s.sandbox()
 	c.proc, err = proc.Start(ctx, proc.Spec{
-		Path: s.command.Path, Args: args, Dir: s.path, Env: s.command.Environ,
+		Path: s.command.Path, Args: append(slices.Clone(s.command.Args), session.Args...), Dir: s.path, Env: s.command.environ(session),
 		Launcher: s.command.Launcher, Credential: s.command.Credential, Sandbox: sandbox, Limits: s.command.Limits, Files: files,
-		FinishWait: s.command.StopTimeout, Log: s.log,
+		FinishWait: s.command.finishWait(session), Log: s.log,
 		OnLine: func(line []byte, truncated bool) {
 			if c.trace != nil {
 				c.trace(true, stdio.Mask(line))
 			}
 			c.line(line, truncated)
 		},
-		OnStderr: func(line string) {
-			c.say(slog.LevelInfo, "child wrote to standard error", "line", line)
-		},
+		OnStderr: c.stderr,
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.event(Event{Kind: Started, Pid: c.proc.Pid()})
-	if firstLine != nil {
+	if session.Stdin != nil {
 		if c.trace != nil {
 			c.trace(false, []byte(`{"config":"***","host":"***"}`))
 		}
 		// ARG-7: WriteLine queues and never waits for the child.
 		// A child that has ended already tells more by its end.
-		if err := c.proc.WriteLine(firstLine); err != nil && !errors.Is(err, proc.ErrStdinClosed) {
+		if err := c.proc.WriteLine(session.Stdin); err != nil && !errors.Is(err, proc.ErrStdinClosed) {
 			c.fail(err)
 		}
+	}
+	if session.Announce != nil {
+		go c.announceFor(ctx)
 	}
 	if err := c.awaitReady(ctx, s); err != nil {
 		s.abandon(c)
@@ -141,7 +146,7 @@ const endsFD = 3
 // file that hands it to the child. Both are nil for a child that would not know what
 // to do with it (ARG-6), and on systems that have no such thing.
 func (s *supervisor) makeEnds() (*localnet.Ends, []*os.File, error) {
-	if s.command.Plain {
+	if s.command.Plain || s.command.Dialect != nil {
 		return nil, nil, nil
 	}
 	ends, file, err := localnet.NewEnds()
@@ -161,7 +166,6 @@ func (s *supervisor) arguments(ends bool) (args []string, firstLine []byte, err 
 	if err != nil {
 		return nil, nil, err
 	}
-	args = slices.Clone(s.command.Args)
 	if s.command.Plain { // ARG-6
 		if s.role != roleClient {
 			args = append(args, s.role)
@@ -334,7 +338,7 @@ func (c *child) line(line []byte, truncated bool) {
 		c.say(slog.LevelWarn, "child wrote a line that is too long; it was passed over", "begins", string(stdio.Mask(line[:min(len(line), 64)])))
 		return
 	}
-	message, err := stdio.Parse(line)
+	message, err := c.session.parse(line)
 	if err != nil {
 		c.say(slog.LevelDebug, "child wrote a line that is not a control line", "err", err)
 		c.badAnnouncement(err)
@@ -391,7 +395,7 @@ func (c *child) announcement(message stdio.Message) {
 	}
 	switch m := message.(type) {
 	case stdio.Version:
-		if m.Version != fmt.Sprint(stdio.ProtocolVersion) {
+		if len(c.session.Versions) > 0 && !slices.Contains(c.session.Versions, m.Version) {
 			c.addErr(fmt.Errorf("%w: it speaks version %q, which was not offered (LINE-3)", errAnnounced, m.Version))
 			c.settle()
 		}
@@ -407,13 +411,16 @@ func (c *child) announcement(message stdio.Message) {
 		c.addErr(fmt.Errorf("the child cannot use the upstream proxy: %s: %w", m.Text, ptipc.ExitUnavailable))
 		c.settle()
 	case stdio.CMethod:
-		if c.role == roleClient {
-			c.add("CMETHOD "+m.Name, m.Name, func() (method, error) { return factoryOf(m) })
+		if c.role == roleClient && c.wanted(m.Name) {
+			c.add("CMETHOD "+m.Name, m.Name, func() (method, error) { return c.factoryOf(m) })
 		}
 	case stdio.SMethod:
-		if c.role == roleServer {
+		if c.role == roleServer && c.wanted(m.Name) {
 			c.add("SMETHOD "+m.Name, m.Name, func() (method, error) {
-				return method{wire: m.Addr, proxy: m.Args.Proxy(), stats: m.Args.Stats(), ends: m.Args.Ends()}, nil
+				if !c.session.own { // ARGS are for the clients alone
+					return method{wire: m.Addr, args: m.Args}, nil
+				}
+				return method{wire: m.Addr, args: m.Args, proxy: m.Args.Proxy(), stats: m.Args.Stats(), ends: m.Args.Ends()}, nil
 			})
 		}
 	case stdio.CMethodError:
@@ -450,13 +457,20 @@ func (c *child) add(what, name string, read func() (method, error)) {
 }
 
 // factoryOf checks the announcement of a connection factory.
-func factoryOf(m stdio.CMethod) (method, error) {
-	if m.Protocol != stdio.ProtocolSOCKS5 {
-		return method{}, fmt.Errorf("has the protocol %q; socks5 is the one that is known (LINE-4)", m.Protocol)
+func (c *child) factoryOf(m stdio.CMethod) (method, error) {
+	known := c.session.Protocols
+	if len(known) == 0 {
+		known = []string{stdio.ProtocolSOCKS5}
+	}
+	if !slices.Contains(known, m.Protocol) {
+		return method{}, fmt.Errorf("has the protocol %q; %s is what is known (LINE-4)", m.Protocol, strings.Join(known, " or "))
 	}
 	addr, err := localnet.ParseAddr(m.Addr)
 	if err != nil {
 		return method{}, fmt.Errorf("names an address that it must not: %w (LINE-5)", err)
+	}
+	if !c.session.own {
+		return method{announced: m, addr: addr, bound: true}, nil
 	}
 	return method{addr: addr, bound: m.Args.Bound(), stats: m.Args.Stats(), ends: m.Args.Ends()}, nil
 }

@@ -40,6 +40,9 @@ type Command struct {
 	// Environ is the child's environment as "key=value"; nil is this process's own.
 	Environ []string
 
+	// Dialect is what the child speaks in place of the protocol of spec/ptipc.md, which
+	// is nil. Plain and ConfigArgv have no meaning in a dialect.
+	Dialect Dialect
 	// Plain says that the child takes neither HOST nor "-" (ARG-6): it is started as
 	// EXE [ARGS…] CONFIG, the form of the 2016 document, and every local user can
 	// read its configuration.
@@ -146,6 +149,8 @@ func (c *Command) check(env ptipc.Env) error {
 		return usage("Path is empty; name an executable")
 	case c.Restart.Min < 0, c.Restart.Max < 0, c.Restart.GiveUpAfter < 0:
 		return usage("a wait or a number of Restart is less than 0; 0 takes the default")
+	case c.Dialect != nil && (c.Plain || c.ConfigArgv):
+		return usage("Plain and ConfigArgv belong to the project's own protocol; a dialect has its own way")
 	case c.Proxy == "" && env.DialOut == nil:
 		return nil
 	case c.Proxy != "" && env.DialOut != nil:

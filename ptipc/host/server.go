@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -52,6 +53,12 @@ func (c *Command) generate(ctx context.Context, options ptipc.Opaque, env ptipc.
 	if err := c.check(env); err != nil {
 		return fail(err)
 	}
+	if c.Dialect != nil {
+		if client, server, err = c.generateByServer(ctx, options, env); err != nil {
+			return fail(err)
+		}
+		return client, server, nil
+	}
 	s, err := newSupervisor(c, roleGenerate, options, env)
 	if err != nil {
 		return fail(err)
@@ -64,7 +71,7 @@ func (c *Command) generate(ctx context.Context, options ptipc.Opaque, env ptipc.
 	var first []byte
 	whole := false
 	p, err := proc.Start(ctx, proc.Spec{
-		Path: c.Path, Args: args, Dir: s.path, Env: c.Environ, Launcher: c.Launcher, Credential: c.Credential,
+		Path: c.Path, Args: append(slices.Clone(c.Args), args...), Dir: s.path, Env: c.Environ, Launcher: c.Launcher, Credential: c.Credential,
 		Sandbox: s.sandbox(), Limits: c.Limits, Log: s.log,
 		MaxLine: stdio.MaxGenerated,
 		OnLine: func(line []byte, truncated bool) {
@@ -112,9 +119,11 @@ type served struct {
 	s       *supervisor
 	addr    net.Addr
 	proxies bool
+	methods map[string]method // of the first child
 
 	// For a server that hands connections over:
 	delivery *socks.Server
+	ports    *ports        // in its place in a dialect
 	slots    chan struct{} // one for each connection that waits for Accept
 	accepted chan *relay.Conn
 
@@ -137,6 +146,9 @@ func (c *Command) listen(ctx context.Context, config ptipc.Opaque, env ptipc.Env
 }
 
 func (c *Command) proxyServer(ctx context.Context, config ptipc.Opaque, env ptipc.Env) (ptipc.ServerManager, error) {
+	if c.Dialect != nil {
+		return nil, fmt.Errorf("transport %s: the servers of this dialect hand their connections over, and do not connect their clients themselves: %w", c.name(), ptipc.ExitUsage)
+	}
 	s, err := c.startServer(ctx, config, env, false)
 	if err != nil {
 		return nil, fmt.Errorf("transport %s: %w", c.name(), err)
@@ -172,6 +184,14 @@ func (c *Command) startServer(ctx context.Context, config ptipc.Opaque, env ptip
 
 // adopt takes over what the first child has announced.
 func (s *served) adopt(methods map[string]method, deliver bool) error {
+	s.methods = methods
+	if s.s.command.Dialect != nil {
+		// Each has a wire of its own, and all bring their connections here.
+		first := slices.Min(slices.Collect(maps.Keys(methods)))
+		addr, err := netip.ParseAddrPort(methods[first].wire)
+		s.addr = net.TCPAddrFromAddrPort(addr)
+		return err
+	}
 	if len(methods) != 1 {
 		return fmt.Errorf("%w: a server announces one SMETHOD, and there are %d", errAnnounced, len(methods))
 	}
@@ -202,6 +222,9 @@ func (s *served) openDelivery() error {
 	if cred := s.s.command.Credential; cred != nil {
 		uids = append(uids, cred.UID)
 	}
+	if s.s.command.Dialect != nil {
+		return s.openPorts(uids)
+	}
 	s.delivery = &socks.Server{Bound: true, Take: s.take, Log: s.s.log}
 	var listener net.Listener
 	if runtime.GOOS == "windows" {
@@ -226,6 +249,9 @@ func (s *served) openDelivery() error {
 }
 
 func (s *served) closeDelivery() {
+	if s.ports != nil {
+		s.ports.close()
+	}
 	if s.delivery == nil {
 		return
 	}

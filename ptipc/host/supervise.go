@@ -34,6 +34,7 @@ type supervisor struct {
 	temp     bool          // the state directory is removed in the end
 	proxy    string        // URL of the child's way out; "" is direct
 	deliver  string        // where a server brings connections (SRV-3); "" for other roles
+	ports    []string      // the same in a dialect
 	out      *socks.Server
 	meter    relay.Meter
 	signals  chan ptipc.Message // of the child, to be carried; nil if nobody does
@@ -60,7 +61,7 @@ func newSupervisor(c *Command, role string, config ptipc.Opaque, env ptipc.Env) 
 		changed: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
-	if env.Signals != nil {
+	if env.Signals != nil && c.Dialect == nil {
 		s.signals = make(chan ptipc.Message, maxSignals)
 	}
 	err := s.openState()
@@ -184,6 +185,9 @@ func (s *supervisor) start(ctx context.Context, methods map[string]method) (*chi
 			errAnnounced, describe(c.methods), describe(methods))
 	}
 	s.event(Event{Kind: Ready, Pid: c.proc.Pid()})
+	if !c.session.own && c.role == roleServer {
+		c.report(ctx)
+	}
 	return c, nil
 }
 
@@ -369,14 +373,14 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		if err := checkDest(m.bound, dest); err != nil {
 			return nil, err
 		}
-		raw, end, err := c.connect(ctx, m)
+		raw, end, err := c.reach(ctx, m)
 		if err != nil {
 			if ctx.Err() == nil && c.gone(ctx) {
 				continue
 			}
 			return nil, fmt.Errorf("the child does not take connections: %w", unreached(ctx, err))
 		}
-		if err := socks.Connect(ctx, raw, settings, dest); err != nil {
+		if err := c.connect(ctx, raw, m, settings, dest); err != nil {
 			_ = raw.Close()
 			end.Release()
 			if unanswered(err) && !again && ctx.Err() == nil && c.gone(ctx) {
@@ -400,9 +404,9 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 	}
 }
 
-// connect connects to a factory of the child. The end is nil if the child marks none, or
+// reach connects to a factory's socket. The end is nil if the child marks none, or
 // if its socket is one that knows of resets.
-func (c *child) connect(ctx context.Context, m method) (net.Conn, *localnet.End, error) {
+func (c *child) reach(ctx context.Context, m method) (net.Conn, *localnet.End, error) {
 	if m.ends && m.addr.Unix() {
 		return c.dir.DialEnd(ctx, m.addr.Name(), c.ends)
 	}

@@ -24,6 +24,7 @@ var packages = map[string]string{
 	"proxychains4": "proxychains4",
 	"ip":           "iproute2",
 	"nft":          "nftables",
+	"tor-gencert":  "tor",
 }
 
 // Need returns the path of a program. A missing one skips the test and says what

@@ -50,8 +50,9 @@ func (s Server) TLS(protocols ...string) (*tls.Config, error) {
 // its own, or, when both are empty, by the system's.
 type Client struct {
 	// Pin is "sha256:" and the SHA-256 of the server's public key (its
-	// SubjectPublicKeyInfo) in base64, as openssl and curl print it. The key is all
-	// that counts then: names and dates in the certificate do not.
+	// SubjectPublicKeyInfo) in base64, as openssl and curl print it, with or without
+	// the = at its end. The key is all that counts then: names and dates in the
+	// certificate do not.
 	Pin string `json:"pin,omitempty"`
 
 	// CA is PEM text, or the name of a file with it.
@@ -63,6 +64,9 @@ type Client struct {
 }
 
 const pinPrefix = "sha256:"
+
+// pinEncoding writes no padding, so that a pin can stand where = has a meaning.
+var pinEncoding = base64.RawStdEncoding
 
 // TLS makes the configuration of a TLS 1.3 client for host, a name or an address
 // without a port, that offers the protocols (ALPN). Errors are
@@ -76,7 +80,7 @@ func (c Client) TLS(host string, protocols ...string) (*tls.Config, error) {
 	case c.Pin != "" && c.CA != "":
 		return nil, &ptipc.ConfigError{Pointer: "/ca", Problem: "stands beside a pin, which leaves nothing for it to decide", Remedy: "remove one of them"}
 	case c.Pin != "":
-		pin, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(c.Pin, pinPrefix))
+		pin, err := pinEncoding.DecodeString(strings.TrimSuffix(strings.TrimPrefix(c.Pin, pinPrefix), "="))
 		if err != nil || len(pin) != sha256.Size || !strings.HasPrefix(c.Pin, pinPrefix) {
 			return nil, &ptipc.ConfigError{Pointer: "/pin", Value: fmt.Sprintf("%.64q", c.Pin), Problem: "is not a pin", Remedy: "write sha256: and 32 bytes in base64"}
 		}
@@ -102,7 +106,7 @@ func (c Client) TLS(host string, protocols ...string) (*tls.Config, error) {
 }
 
 func pinOf(sum [sha256.Size]byte) string {
-	return pinPrefix + base64.StdEncoding.EncodeToString(sum[:])
+	return pinPrefix + pinEncoding.EncodeToString(sum[:])
 }
 
 // text returns PEM text that stands in a configuration, or in a file that it names.
@@ -114,8 +118,8 @@ func text(value string) ([]byte, error) {
 }
 
 // SelfSigned makes a key (ECDSA on P-256), a certificate for host, a name or an
-// address, that it signs itself and that is good for 20 years, and the pin with
-// which a [Client] knows it.
+// address or "" for none, that it signs itself and that is good for 20 years, and
+// the pin with which a [Client] knows it.
 func SelfSigned(host string) (Server, Client, error) {
 	fail := func(err error) (Server, Client, error) {
 		return Server{}, Client{}, fmt.Errorf("endpoint: cannot make a certificate for %s: %w", host, err)
@@ -140,7 +144,7 @@ func SelfSigned(host string) (Server, Client, error) {
 	}
 	if ip := net.ParseIP(host); ip != nil {
 		template.IPAddresses = []net.IP{ip}
-	} else {
+	} else if host != "" {
 		template.DNSNames = []string{host}
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)

@@ -15,14 +15,14 @@ import (
 
 type options struct {
 	Listen  endpoint.Address `json:"listen,omitempty"`
-	Host    hostName         `json:"host,omitempty"`
+	Host    *hostName        `json:"host,omitempty"`
 	Backend backendURL       `json:"backend,omitempty"`
 }
 
 // Validate implements [ptipc.Validator].
 func (o *options) Validate() error {
-	if o.Host == "" && !o.Listen.IP().IsValid() {
-		return &ptipc.ConfigError{Pointer: "/host", Problem: "is missing", Remedy: "give the name or address by which clients reach the server"}
+	if o.Host == nil && !o.Listen.IP().IsValid() {
+		return &ptipc.ConfigError{Pointer: "/host", Problem: "is missing", Remedy: `give the name or address by which clients reach the server, or "" if each connection says it in its settings`}
 	}
 	return nil
 }
@@ -34,21 +34,25 @@ func generate(ctx context.Context, opaque ptipc.Opaque, _ ptipc.Env) (client, se
 	if err := opaque.Decode(&o); err != nil {
 		return nil, nil, err
 	}
-	if o.Host == "" {
-		o.Host = hostName(o.Listen.IP().String())
+	host := o.Listen.IP().String()
+	if o.Host != nil {
+		host = string(*o.Host)
 	}
 	listen, err := o.Listen.Settle(ctx)
 	if err != nil {
 		return nil, nil, ptipc.Classify(err)
 	}
-	own, known, err := endpoint.SelfSigned(string(o.Host))
+	own, known, err := endpoint.SelfSigned(host)
 	if err != nil {
 		return nil, nil, err
 	}
 	secret := make([]byte, 16)
 	_, _ = rand.Read(secret) // never fails
 	path := "/" + base64.RawURLEncoding.EncodeToString(secret)
-	to := url.URL{Scheme: "wss", Host: net.JoinHostPort(string(o.Host), strconv.Itoa(int(listen.Port()))), Path: path}
+	to := url.URL{Scheme: "wss", Path: path}
+	if host != "" {
+		to.Host = net.JoinHostPort(host, strconv.Itoa(int(listen.Port())))
+	}
 	client, err = json.Marshal(map[string]string{"url": to.String(), "pin": known.Pin})
 	if err != nil {
 		return nil, nil, err

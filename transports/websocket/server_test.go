@@ -463,7 +463,7 @@ func TestCurlSeesTheSite(t *testing.T) {
 	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, page) }))
 	defer site.Close()
 	p := newPair(t, "wss", map[string]any{"backend": site.URL})
-	pin := strings.Replace(p.client["pin"].(string), "sha256:", "sha256//", 1)
+	pin := strings.Replace(p.client["pin"].(string), "sha256:", "sha256//", 1) + "=" // curl wants the padding
 	out, err := exec.CommandContext(t.Context(), curl, "-sS", "--noproxy", "*", "-k", "--pinnedpubkey", pin,
 		"https://"+p.listener.Addr().String()+"/").CombinedOutput()
 	if err != nil || string(out) != page {

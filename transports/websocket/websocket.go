@@ -22,14 +22,18 @@
 //	defer transport.Close()
 //	conn, err := transport.Connections["websocket"].Dial(ctx, nil, "")
 //
-// The client's configuration has these keys; its settings may have host and port,
-// which take the place of those of the URL for one connection:
+// The client's configuration has these keys:
 //
-//	url          wss://HOST[:PORT]/PATH, or ws:// where something else encrypts
+//	url          wss://HOST[:PORT]/PATH, or ws:// where something else encrypts;
+//	             wss:///PATH leaves the server to the settings
 //	pin          sha256: and the SHA-256 of the server's public key in base64
 //	ca           authorities instead of the system's: PEM, or the name of a file
 //	server_name  the name that the certificate is for, where it is not HOST
 //	ping         interval of the pings, 30s; or off
+//
+// Its settings can name the server of one connection (WS-17): host and port take
+// the place of those of the URL, and url, pin and server_name that of all that the
+// configuration says. A configuration without url leaves it to them.
 //
 // The server's:
 //
@@ -44,7 +48,7 @@
 //
 // Those of GenerateConfig: listen (":443"; port 0 is a port that is free now), host
 // (the server's name or address for its clients; needed if listen is every
-// address), and backend.
+// address; "" leaves it to the settings of each connection), and backend.
 package websocket
 
 import (
@@ -98,7 +102,7 @@ func (i *interval) UnmarshalText(text []byte) error {
 }
 
 type clientConfig struct {
-	URL        wsURL    `json:"url"`
+	URL        wsURL    `json:"url,omitempty"`
 	Pin        string   `json:"pin,omitempty"`
 	CA         string   `json:"ca,omitempty"`
 	ServerName string   `json:"server_name,omitempty"`
@@ -107,12 +111,17 @@ type clientConfig struct {
 
 // Validate implements [ptipc.Validator].
 func (c *clientConfig) Validate() error {
-	if c.URL.Scheme == "wss" {
+	return onlyWithTLS(c.URL, map[string]string{"/pin": c.Pin, "/ca": c.CA, "/server_name": c.ServerName})
+}
+
+// onlyWithTLS refuses what says how to know a server that is not asked who it is.
+func onlyWithTLS(u wsURL, keys map[string]string) error {
+	if u.Scheme == "wss" {
 		return nil
 	}
-	for pointer, value := range map[string]string{"/pin": c.Pin, "/ca": c.CA, "/server_name": c.ServerName} {
+	for pointer, value := range keys {
 		if value != "" {
-			return &ptipc.ConfigError{Pointer: pointer, Problem: "does nothing for ws://", Remedy: "remove it, or use wss://"}
+			return &ptipc.ConfigError{Pointer: pointer, Problem: "does nothing without a URL of wss:// beside it", Remedy: "remove it, or use wss://"}
 		}
 	}
 	return nil
@@ -125,11 +134,14 @@ type wsURL struct{ url.URL }
 // errors do not repeat it.
 func (u *wsURL) UnmarshalText(text []byte) error {
 	parsed, err := url.Parse(string(text))
-	if err != nil || parsed.Scheme != "ws" && parsed.Scheme != "wss" || parsed.Hostname() == "" || parsed.User != nil || parsed.Fragment != "" {
+	if err != nil || parsed.Scheme != "ws" && parsed.Scheme != "wss" || parsed.Opaque != "" || parsed.User != nil || parsed.Fragment != "" {
 		return errors.New("is not a URL of a WebSocket: write wss://HOST[:PORT]/PATH")
 	}
 	if err := hostName(parsed.Hostname()).Validate(); err != nil {
 		return errors.New("has a host that is neither a name nor an address")
+	}
+	if parsed.Hostname() == "" && parsed.Host != "" {
+		return errors.New("has a port without a host: write both, or wss:///PATH to leave both to the settings")
 	}
 	if port := parsed.Port(); port != "" {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
@@ -154,26 +166,68 @@ func (h hostName) Validate() error {
 	return nil
 }
 
-// settings name the server of one connection.
+// settings name the server of one connection (WS-17).
 type settings struct {
-	Host hostName `json:"host,omitempty"`
-	Port uint16   `json:"port,omitempty"`
+	Host       hostName `json:"host,omitempty"`
+	Port       uint16   `json:"port,omitempty"`
+	URL        wsURL    `json:"url,omitempty"`
+	Pin        string   `json:"pin,omitempty"`
+	ServerName string   `json:"server_name,omitempty"`
 }
 
-// at is the URL with the server that the settings name.
-func (s settings) at(u url.URL) *url.URL {
-	host, port := u.Hostname(), u.Port()
-	if s.Host != "" {
-		host = string(s.Host)
+// Validate implements [ptipc.Validator].
+func (s *settings) Validate() error {
+	return onlyWithTLS(s.URL, map[string]string{"/pin": s.Pin, "/server_name": s.ServerName})
+}
+
+// A target is the server of one connection, and how to know it.
+type target struct {
+	url *url.URL
+	tls *tls.Config // nil for ws://
+}
+
+// target is the server that the settings name, or else the configuration.
+func (c *client) target(s settings) (target, error) {
+	to, known := c.config.URL.URL, endpoint.Client{Pin: c.config.Pin, CA: c.config.CA, ServerName: c.config.ServerName}
+	if s.URL.Scheme != "" {
+		// What vouches for the configuration's server says nothing about this one.
+		to, known = s.URL.URL, endpoint.Client{Pin: s.Pin, ServerName: s.ServerName}
 	}
-	if s.Port != 0 {
-		port = strconv.Itoa(int(s.Port))
+	if to.Scheme == "" {
+		return target{}, &ptipc.ConfigError{Pointer: "/url", Problem: "is missing in the configuration and in the settings", Remedy: "write wss://HOST[:PORT]/PATH into one of them"}
+	}
+	host, port := to.Hostname(), to.Port()
+	if host == "" || s.URL.Scheme == "" {
+		if s.Host != "" {
+			host = string(s.Host)
+		}
+		if s.Port != 0 {
+			port = strconv.Itoa(int(s.Port))
+		}
+	}
+	if host == "" {
+		return target{}, &ptipc.ConfigError{Pointer: "/host", Problem: "is missing: the URL leaves it to the settings", Remedy: "give the name or address of the server"}
 	}
 	if port == "" {
-		port = map[string]string{"ws": "80", "wss": "443"}[u.Scheme]
+		port = map[string]string{"ws": "80", "wss": "443"}[to.Scheme]
 	}
-	u.Host = net.JoinHostPort(host, port)
-	return &u
+	to.Host = net.JoinHostPort(host, port)
+	t := target{url: &to}
+	switch {
+	case to.Scheme == "ws":
+	case s.URL.Scheme == "":
+		t.tls = c.tls
+		if known.ServerName == "" && c.tls.ServerName != host {
+			t.tls = c.tls.Clone()
+			t.tls.ServerName = host
+		}
+	default:
+		var err error
+		if t.tls, err = known.TLS(host, alpn); err != nil {
+			return target{}, err
+		}
+	}
+	return t, nil
 }
 
 // Open is a [ptipc.TransportFactory]. The connection factory is "websocket", and
@@ -196,10 +250,10 @@ func Open(_ context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transpo
 	}), nil
 }
 
-// A client makes connections to one server.
+// A client makes connections to one server, or to one for each connection.
 type client struct {
 	config clientConfig
-	tls    *tls.Config
+	tls    *tls.Config // for the configuration's server
 	env    ptipc.Env
 	group  group
 }
@@ -209,8 +263,11 @@ func (c *client) dial(ctx context.Context, opaque ptipc.Opaque, _ string) (net.C
 	if err := opaque.Decode(&s); err != nil {
 		return nil, err
 	}
-	to := s.at(c.config.URL.URL)
-	raw, err := c.env.Dial(ctx, "tcp", to.Host) // a name stays a name (WS-2)
+	to, err := c.target(s)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := c.env.Dial(ctx, "tcp", to.url.Host) // a name stays a name (WS-2)
 	if err != nil {
 		return nil, err
 	}
@@ -221,26 +278,21 @@ func (c *client) dial(ctx context.Context, opaque ptipc.Opaque, _ string) (net.C
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("websocket: cannot connect to %s: %w", to.Host, err)
+		return nil, fmt.Errorf("websocket: cannot connect to %s: %w", to.url.Host, err)
 	}
 	return conn, nil
 }
 
 // handshake makes a connection of a wire.
-func (c *client) handshake(ctx context.Context, w *wire, to *url.URL) (*conn, error) {
+func (c *client) handshake(ctx context.Context, w *wire, to target) (*conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = w.Close() }) // ends what waits for the wire
 	defer stop()
 
 	var stream net.Conn = w // the TLS on it is WS-3's
-	if to.Scheme == "wss" {
-		config := c.tls
-		if c.config.ServerName == "" {
-			config = c.tls.Clone()
-			config.ServerName = to.Hostname()
-		}
-		secure := tls.Client(w, config)
+	if to.tls != nil {
+		secure := tls.Client(w, to.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			return nil, orTimeout(ctx, err)
 		}
@@ -253,7 +305,7 @@ func (c *client) handshake(ctx context.Context, w *wire, to *url.URL) (*conn, er
 		ReadBufferSize:    256,
 		WriteBufferPool:   &unused,
 	}
-	_, response, err := dialer.DialContext(ctx, to.String(), nil)
+	_, response, err := dialer.DialContext(ctx, to.url.String(), nil)
 	switch {
 	case errors.Is(err, websocket.ErrBadHandshake):
 		return nil, fmt.Errorf("the server answers %q instead of opening a WebSocket: is the path right?", response.Status)

@@ -96,7 +96,10 @@ func fakeServer(t *testing.T, answer func(c net.Conn, r *http.Request)) (address
 
 func openURL(t *testing.T, url string, env ptipc.Env) *pair {
 	t.Helper()
-	p := &pair{client: map[string]any{"url": url}}
+	p := &pair{client: map[string]any{}}
+	if url != "" {
+		p.client["url"] = url
+	}
 	p.open(t, env)
 	return p
 }
@@ -231,6 +234,10 @@ func TestWhereItDials(t *testing.T) {
 		{"ws://[2001:db8::1]:8080/", "", "[2001:db8::1]:8080"},
 		{"wss://name.invalid:8443/", `{"host":"other.invalid"}`, "other.invalid:8443"},
 		{"wss://name.invalid/", `{"host":"2001:db8::2","port":1}`, "[2001:db8::2]:1"},
+		{"wss:///p", `{"host":"name.invalid"}`, "name.invalid:443"},
+		// WS-17: a URL in the settings says it all, but what it leaves out.
+		{"", `{"url":"ws://name.invalid/","host":"192.0.2.1","port":9}`, "name.invalid:80"},
+		{"wss://other.invalid:9/", `{"url":"wss:///","host":"192.0.2.1","port":1}`, "192.0.2.1:1"},
 	} {
 		var got string
 		p := openURL(t, test.url, ptipc.Env{DialOut: func(_ context.Context, network, addr string) (net.Conn, error) {
@@ -246,6 +253,25 @@ func TestWhereItDials(t *testing.T) {
 	_, err := p.transport.Connections["websocket"].Dial(t.Context(), ptipc.Opaque(`{"hots":"x"}`), "")
 	if !errors.Is(err, ptipc.ErrSettingsRefused) {
 		t.Errorf("settings that nobody knows: %v, want class settings refused", err)
+	}
+	for _, test := range []struct{ url, settings, pointer string }{ // WS-17
+		{"", ``, "/url"},
+		{"", `{"host":"h","port":1}`, "/url"},
+		{"wss:///p", `{"port":1}`, "/host"},
+		{"wss://h/p", `{"pin":"sha256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"}`, "/pin"},
+		{"wss://h/p", `{"url":"ws://h/p","server_name":"n"}`, "/server_name"},
+		{"wss://h/p", `{"url":"wss://h/p","pin":"sha256:AA"}`, "/pin"},
+		{"wss://h/p", `{"url":"wss://h/p","ca":"x"}`, "/ca"},
+	} {
+		p := openURL(t, test.url, ptipc.Env{DialOut: func(context.Context, string, string) (net.Conn, error) {
+			t.Errorf("%q with %s is dialled", test.url, test.settings)
+			return nil, ptipc.ErrGeneral
+		}})
+		_, err := p.transport.Connections["websocket"].Dial(t.Context(), ptipc.Opaque(test.settings), "")
+		var config *ptipc.ConfigError
+		if !errors.As(err, &config) || config.Pointer != test.pointer || !errors.Is(err, ptipc.ErrSettingsRefused) {
+			t.Errorf("%q with %s: %v, want an error at %s", test.url, test.settings, err, test.pointer)
+		}
 	}
 	if !p.transport.Connections["websocket"].Bound {
 		t.Error("the connection factory is not bound")
@@ -371,9 +397,13 @@ func TestConfigs(t *testing.T) {
 		{client, `{"url":"wss://h/p","ping":"1m"}`, "-"},
 		{client, `{"url":"ws://h"}`, "-"},
 		{client, `{"url":"wss://h/p","ca":` + quote(ca) + `}`, "-"},
-		{client, `{}`, "/url"},
+		{client, `{}`, "-"},
+		{client, `{"url":""}`, "/url"},
+		{client, `{"pin":"sha256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"}`, "/pin"},
 		{client, `{"url":"https://h/"}`, "/url"},
-		{client, `{"url":"wss:///p"}`, "/url"},
+		{client, `{"url":"wss:///p"}`, "-"},
+		{client, `{"url":"wss://:1/p"}`, "/url"},
+		{client, `{"url":"wss:p"}`, "/url"},
 		{client, `{"url":"wss://]/p"}`, "/url"},
 		{client, `{"url":"wss://u:p@h/p"}`, "/url"},
 		{client, `{"url":"wss://h:0/p"}`, "/url"},
@@ -430,6 +460,55 @@ func TestConfigs(t *testing.T) {
 	}
 }
 
+// Settings can name the server of one connection, and nothing that vouches for the
+// configuration's server vouches for it (WS-17).
+func TestServerOfOneConnection(t *testing.T) {
+	own, other := newPair(t, "wss"), newPair(t, "wss")
+	for _, test := range []struct {
+		name     string
+		settings map[string]any
+		want     string
+	}{
+		{"with its pin", other.client, ""},
+		{"with its pin, padded", map[string]any{"url": other.client["url"], "pin": other.client["pin"].(string) + "="}, ""},
+		{"with an address that means nothing", map[string]any{"url": other.client["url"], "pin": other.client["pin"], "host": "192.0.2.1", "port": 1}, ""},
+		{"with the pin of the configuration's server", map[string]any{"url": other.client["url"], "pin": own.client["pin"]}, "not the pinned"},
+		{"without a pin", map[string]any{"url": other.client["url"]}, "unknown authority"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c, err := own.transport.Connections["websocket"].Dial(t.Context(), opaque(t, test.settings), "")
+			if err == nil {
+				defer c.Close()
+				defer other.accept(t).Close()
+			}
+			if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
+				t.Errorf("dials with %v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+// A generated configuration can leave the server's place to the settings (WS-17).
+func TestGenerateWithoutHost(t *testing.T) {
+	client, server, err := Server.GenerateConfig(t.Context(), ptipc.Opaque(`{"listen":"127.0.0.1:0","host":""}`), ptipc.Env{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pair{client: object(t, client), server: object(t, server)}
+	if u := p.client["url"].(string); u != "wss://"+p.server["path"].(string) {
+		t.Errorf("the client's URL is %s", u)
+	}
+	p.listen(t)
+	p.open(t, ptipc.Env{})
+	port := p.listener.Addr().(*net.TCPAddr).Port
+	c, err := p.transport.Connections["websocket"].Dial(t.Context(), opaque(t, map[string]any{"host": "127.0.0.1", "port": port}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	p.accept(t).Close()
+}
+
 func TestGenerate(t *testing.T) {
 	seen := map[string]bool{}
 	for range 3 {
@@ -474,11 +553,15 @@ func FuzzClientConfig(f *testing.F) {
 		if ptipc.Opaque(config).Decode(&c) != nil {
 			return
 		}
-		if c.URL.Scheme != "ws" && c.URL.Scheme != "wss" || c.URL.Hostname() == "" {
-			t.Errorf("%q was taken", config)
+		to, err := (&client{config: c, tls: new(tls.Config)}).target(settings{Host: "fallback"})
+		if c.URL.Scheme == "" && err != nil {
+			return // the settings have to say it
 		}
-		if _, port, err := net.SplitHostPort((settings{}).at(c.URL.URL).Host); err != nil || port == "" || port == "0" {
-			t.Errorf("%q would dial %s", config, c.URL.Host)
+		if err != nil || c.URL.Scheme != "ws" && c.URL.Scheme != "wss" {
+			t.Fatalf("%q was taken, and leads to %v", config, err)
+		}
+		if host, port, err := net.SplitHostPort(to.url.Host); err != nil || host == "" || port == "" || port == "0" {
+			t.Errorf("%q would dial %s", config, to.url.Host)
 		}
 	})
 }

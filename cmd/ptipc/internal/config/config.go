@@ -42,6 +42,7 @@ type Transport struct {
 	Config ptipc.Opaque `json:"config,omitempty"` // handed to the child as it stands
 	State  string       `json:"state,omitempty"`  // state directory; "" is a temporary one
 
+	Dialect   string          `json:"dialect,omitempty"`    // what the child speaks: one of Dialects; "" is the project's own protocol
 	ConfigVia string          `json:"config_via,omitempty"` // stdin or argv
 	Plain     bool            `json:"plain,omitempty"`      // takes neither HOST nor "-" (ARG-6)
 	Bound     map[string]bool `json:"bound,omitempty"`      // overrides what the child announces
@@ -207,6 +208,36 @@ func oneOf(pointer, value string, allowed ...string) error {
 	return &ptipc.ConfigError{Pointer: pointer, Value: strconv.Quote(value), Problem: "is not known", Remedy: "write " + strings.Join(allowed, " or ")}
 }
 
+// Dialects are the protocols of children other than the project's own.
+var Dialects = []string{"pt1", "pt2"}
+
+// validateDialect checks what children of another protocol cannot be given.
+func (t *Transport) validateDialect() error {
+	if t.Dialect == "" {
+		return nil
+	}
+	wrong := func(pointer, problem, remedy string) error {
+		return &ptipc.ConfigError{Pointer: pointer, Problem: problem, Remedy: remedy}
+	}
+	switch {
+	case len(t.Attach) > 0:
+		return wrong("/attach", "leads to a child of the project's own protocol", `remove "dialect", or start the child with "exec"`)
+	case strings.HasPrefix(t.Exec, "builtin:"):
+		return wrong("/dialect", "is not what a builtin transport speaks", "remove it")
+	case t.Plain:
+		return wrong("/plain", "has no meaning beside a dialect, which has its own way to start a child", "remove it")
+	case t.ConfigVia != "":
+		return wrong("/config_via", "has no meaning beside a dialect, which has its own way to start a child", "remove it")
+	case t.Signals.set():
+		return wrong("/signals", "need control lines that children of this dialect do not know", "remove them")
+	case t.Role == "server" && t.Proxy != "":
+		return wrong("/proxy", "has no meaning for a server of this dialect, which makes no connections of its own", "remove it")
+	case t.Role == "server" && t.Deliver == "" && len(t.Via) == 0:
+		return wrong("/deliver", "is missing: a server of this dialect hands its connections over", `add it, tcp://HOST:PORT or unix:///PATH, or "via": ["free"]`)
+	}
+	return nil
+}
+
 // Validate checks one transport.
 func (t *Transport) Validate() error {
 	if (t.Exec == "") == (len(t.Attach) == 0) {
@@ -215,6 +246,7 @@ func (t *Transport) Validate() error {
 	if err := errors.Join(
 		oneOf("/role", t.Role, "client", "server"),
 		oneOf("/config_via", t.ConfigVia, "stdin", "argv"),
+		oneOf("/dialect", t.Dialect, Dialects...),
 		oneOf("/restart/policy", t.Restart.Policy, "always", "never"),
 	); err != nil {
 		return err
@@ -227,6 +259,9 @@ func (t *Transport) Validate() error {
 	}
 	if len(t.Attach) > 0 && (t.Sandbox.set() || t.Limits != Limits{}) {
 		return &ptipc.ConfigError{Pointer: "/attach", Problem: "is a child that runs already, which cannot be restricted any more", Remedy: `remove "sandbox" and "limits"`}
+	}
+	if err := t.validateDialect(); err != nil {
+		return err
 	}
 	if t.Signals.set() && len(t.Attach) > 0 {
 		return &ptipc.ConfigError{Pointer: "/signals", Problem: "need control lines, which a child that runs already does not have here", Remedy: `remove them, or start the child with "exec"`}

@@ -37,6 +37,10 @@ func base(change string) string {
 	return `{"transports":{"a":{"exec":"builtin:direct"` + change + `}}}`
 }
 
+func dialect(change string) string {
+	return `{"transports":{"a":{"exec":"obfs4proxy","dialect":"pt1"` + change + `}}}`
+}
+
 func front(change string) string {
 	return `{"transports":{"a":{"exec":"x"}},"fronts":[{"listen":"tcp://127.0.0.1:1","serve":"socks5","transport":"a"` + change + `}]}`
 }
@@ -81,6 +85,14 @@ func TestFaults(t *testing.T) {
 		{"duration zero", base(`,"start_timeout":"0s"`), "/transports/a/start_timeout", "500ms", false},
 		{"duration type", base(`,"start_timeout":10`), "/transports/a/start_timeout", "string", true},
 		{"same state", `{"transports":{"a":{"exec":"x","state":"s"},"b":{"exec":"y","state":"s"}}}`, "/transports/b/state", "of a as well", false},
+		{"dialect", base(`,"dialect":"pt9"`), "/transports/a/dialect", "pt1 or pt2", true},
+		{"dialect of a builtin", base(`,"dialect":"pt1"`), "/transports/a/dialect", "builtin", false},
+		{"dialect and attach", `{"transports":{"a":{"dialect":"pt1","attach":{"x":"127.0.0.1:1"}}}}`, "/transports/a/attach", "exec", false},
+		{"dialect and plain", dialect(`,"plain":true`), "/transports/a/plain", "remove", false},
+		{"dialect and config_via", dialect(`,"config_via":"stdin"`), "/transports/a/config_via", "remove", false},
+		{"dialect and signals", dialect(`,"signals":{"queue":true}`), "/transports/a/signals", "control lines", false},
+		{"dialect and a server's proxy", dialect(`,"role":"server","deliver":"tcp://a:1","proxy":"socks5://127.0.0.1:1"`), "/transports/a/proxy", "server", false},
+		{"dialect and no service", dialect(`,"role":"server"`), "/transports/a/deliver", "hands its connections over", false},
 		{"front listen", front(`,"listen":"x"`), "/fronts/0/listen", "twice", true},
 		{"listen scheme", strings.Replace(front(""), "tcp://127.0.0.1:1", "udp://127.0.0.1:1", 1), "/fronts/0/listen", "tcp://127.0.0.1:PORT", true},
 		{"listen public", strings.Replace(front(""), "127.0.0.1:1", "0.0.0.0:1", 1), "/fronts/0/listen", "other machines", true},
