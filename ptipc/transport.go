@@ -2,6 +2,8 @@ package ptipc
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 )
@@ -16,6 +18,10 @@ type Transport struct {
 	// Connections holds the ways to open a stream, by connection factory type
 	// name (LINE-4). It does not change once the factory has returned.
 	Connections map[string]ConnectionFactory
+
+	// Packets holds the ways to send datagrams, by name, as Connections does for
+	// streams. The two have nothing to do with each other: a name may stand in both.
+	Packets map[string]PacketFactory
 
 	// Stats returns the totals of the transport since it was opened. It is never nil.
 	Stats func(ctx context.Context) (TransportStats, error)
@@ -40,6 +46,14 @@ type ConnectionFactory struct {
 	// answer errors.Is for the [Class] constants.
 	Dial func(ctx context.Context, settings Opaque, dest string) (Conn, error)
 }
+
+// A PacketFactory opens a socket for datagrams. ctx bounds the opening only.
+// Addresses are [*net.UDPAddr] and nothing else: a name is refused with
+// [ErrAddressType] and never looked up. Datagrams come in only from addresses (the
+// port does not matter) to which the conn has sent before. Both hold wherever the
+// transport runs (PKT-1, PKT-2). A datagram may be lost, come twice, or late; it
+// comes whole or not at all.
+type PacketFactory func(ctx context.Context) (net.PacketConn, error)
 
 // A Conn is an open stream. A Read that returns io.EOF leaves the write side
 // open, and CloseWrite leaves the read side open.
@@ -66,6 +80,12 @@ type Env struct {
 	// [Env.Dial] and never on their own.
 	DialOut func(ctx context.Context, network, addr string) (net.Conn, error)
 
+	// PacketsOut is the way out for datagrams: it opens a socket at a local address,
+	// "" for any. nil is a plain UDP socket, but only as long as DialOut is nil too:
+	// what has a way out for streams alone sends no datagrams around it (PROXY-4).
+	// Transports use [Env.ListenPacket].
+	PacketsOut func(ctx context.Context, local string) (net.PacketConn, error)
+
 	// Status receives bootstrap progress, for people and programs (LINE-10).
 	Status func(ctx context.Context, attrs ...slog.Attr)
 
@@ -80,6 +100,38 @@ func (e Env) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, network, addr)
+}
+
+// CheckPackets is nil if the environment has a way out for datagrams. A transport of
+// datagrams asks it before it starts, and refuses to start with its error (PROXY-4).
+func (e Env) CheckPackets() error {
+	if e.PacketsOut == nil && e.DialOut != nil {
+		return fmt.Errorf("the way out of this transport carries streams and no datagrams; remove the proxy, or use a transport of streams: %w",
+			errors.Join(ErrNotAllowed, ExitUnavailable))
+	}
+	return nil
+}
+
+// ListenPacket opens a UDP socket by the way that the environment provides. local is
+// "ip:port", or "" for any address and port.
+func (e Env) ListenPacket(ctx context.Context, local string) (net.PacketConn, error) {
+	if err := e.CheckPackets(); err != nil {
+		return nil, err
+	}
+	if e.PacketsOut != nil {
+		return e.PacketsOut(ctx, local)
+	}
+	if local == "" {
+		local = ":0"
+	}
+	var config net.ListenConfig
+	conn, err := config.ListenPacket(ctx, "udp", local)
+	if udp, ok := conn.(*net.UDPConn); ok {
+		// Room for bursts: what comes while this process has to wait for its turn would
+		// be lost. The system gives what it allows.
+		_ = udp.SetReadBuffer(1 << 20)
+	}
+	return conn, err
 }
 
 // Report passes bootstrap progress to Status, if there is one.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"sync"
 
 	socks5 "github.com/armon/go-socks5"
@@ -25,6 +26,7 @@ const (
 	loginTaken       = 0x00
 	loginRefused     = 0x01
 	commandConnect   = 0x01
+	commandAssociate = 0x03
 	handshakeBuffer  = 2048
 	refusedByVersion = "socks: version %d is not SOCKS5"
 )
@@ -87,11 +89,11 @@ func (h *handshake) read(s *Server) (Request, error) {
 	if err != nil {
 		return Request{}, h.ended(err, ptipc.ErrSettingsTimedOut, ptipc.ErrSettingsNotJSON) // SOCKS-6
 	}
-	dest, err := h.readRequest(s.Bound)
-	if err != nil {
+	request := Request{Settings: settings, Client: h.conn}
+	if err := h.readRequest(&request, s.Bound, s.Plain && s.Associate != nil); err != nil {
 		return Request{}, h.ended(err, ptipc.ErrTimedOut, ptipc.ErrGeneral)
 	}
-	return Request{Settings: settings, Dest: dest, Client: h.conn}, nil
+	return request, nil
 }
 
 // ended gives a class to the end of the input: timeout when it did not come in
@@ -229,16 +231,17 @@ func (h *handshake) readLogin(login func(username, password string) (ptipc.Opaqu
 	return settings, err
 }
 
-func (h *handshake) readRequest(bound bool) (string, error) {
+func (h *handshake) readRequest(r *Request, bound, associates bool) error {
 	b, err := h.peek(4)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if b[0] != version {
-		return "", fmt.Errorf("socks: a request of version %d is not SOCKS5: %w", b[0], ptipc.ErrGeneral)
+		return fmt.Errorf("socks: a request of version %d is not SOCKS5: %w", b[0], ptipc.ErrGeneral)
 	}
-	if b[1] != commandConnect { // SOCKS-7
-		return "", fmt.Errorf("socks: command %d is not CONNECT: %w", b[1], ptipc.ErrCommand)
+	r.associate = associates && b[1] == commandAssociate
+	if b[1] != commandConnect && !r.associate { // SOCKS-7
+		return fmt.Errorf("socks: command %d is not CONNECT: %w", b[1], ptipc.ErrCommand)
 	}
 	n := 4 + 2
 	switch b[3] {
@@ -247,22 +250,30 @@ func (h *handshake) readRequest(bound bool) (string, error) {
 	case addressIPv6:
 		n += net.IPv6len
 	case addressName:
+		if r.associate { // PKT-10
+			return fmt.Errorf("socks: datagrams are associated with an address, not with a name: %w", ptipc.ErrAddressType)
+		}
 		if b, err = h.peek(5); err != nil {
-			return "", err
+			return err
 		}
 		n += 1 + int(b[4])
 	default: // SOCKS-7
-		return "", fmt.Errorf("socks: address type %d is unknown: %w", b[3], ptipc.ErrAddressType)
+		return fmt.Errorf("socks: address type %d is unknown: %w", b[3], ptipc.ErrAddressType)
 	}
 	if b, err = h.next(n); err != nil {
-		return "", err
+		return err
 	}
 	h.parser.Reset(b)
 	request, err := socks5.NewRequest(&h.parser)
 	if err != nil {
-		return "", fmt.Errorf("socks: cannot parse the request: %w", err)
+		return fmt.Errorf("socks: cannot parse the request: %w", err)
 	}
-	return destination(request.DestAddr, bound)
+	if r.associate {
+		r.Dest = net.JoinHostPort(request.DestAddr.IP.String(), strconv.Itoa(request.DestAddr.Port))
+		return nil
+	}
+	r.Dest, err = destination(request.DestAddr, bound)
+	return err
 }
 
 // next takes n bytes. They are valid until the next call.

@@ -2,10 +2,12 @@ package socks
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"syscall"
 	"time"
@@ -43,6 +45,19 @@ type Request struct {
 
 	// Client is the connection of the client, for its addresses only.
 	Client net.Conn
+
+	associate bool // UDP ASSOCIATE; Dest is what the client says of its own address
+}
+
+// An Association carries a client's datagrams (PKT-10).
+type Association interface {
+	// Addr is where the client sends its datagrams.
+	Addr() netip.AddrPort
+	// Done is closed when the association has ended, also by itself: the client's
+	// connection is ended then, so that it knows.
+	Done() <-chan struct{}
+	// Close ends the association.
+	Close() error
 }
 
 // A Server serves the modified SOCKS5. Dial or Take must be set; the zero value
@@ -75,6 +90,12 @@ type Server struct {
 	// with success and then given to the function that Take has returned, which owns
 	// it: MaxConns and Shutdown no longer concern it.
 	Take func(ctx context.Context, r *Request) (func(conn net.Conn), error)
+
+	// Associate, if set, serves UDP ASSOCIATE on a plain server (RFC 1928, section 7).
+	// Request.Dest is what the client says of the address that it is going to send
+	// from, 0.0.0.0:0 if nothing. The association is closed when the client's
+	// connection ends. ctx bounds the call.
+	Associate func(ctx context.Context, r *Request) (Association, error)
 
 	// Granted, if set, is given the connection of a client that was answered with
 	// success, and returns the one that is relayed in its place, which owns it.
@@ -424,7 +445,13 @@ func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool
 	w := &watch{conn: session.conn, method: h.method, owed: h.owed, early: h.rest()}
 	h.release()
 
-	if err == nil {
+	switch {
+	case err == nil && request.associate:
+		admitted, err = s.associate(session, &request, w)
+		if err == nil {
+			return nil, nil, admitted
+		}
+	case err == nil:
 		wire, admitted, err = s.dial(session, &request, w)
 	}
 	if err != nil {
@@ -448,6 +475,70 @@ func (s *Server) connect(session *session) (client, wire net.Conn, admitted bool
 		client = &earlyConn{Conn: client, early: w.early}
 	}
 	return client, wire, admitted
+}
+
+// associate serves one association for as long as its client's connection lives.
+func (s *Server) associate(session *session, r *Request, w *watch) (admitted bool, err error) {
+	s.mu.Lock()
+	switch {
+	case session.late:
+		err = errLate
+	case s.admitted >= orDefault(s.MaxConns, DefaultMaxConns):
+		err = errFull
+	default:
+		s.admitted++
+		<-s.slots
+		s.limit(session, s.handshakeTimeout())
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.handshakeTimeout())
+	association, err := s.Associate(ctx, r)
+	cancel()
+	if err != nil {
+		return true, err
+	}
+	defer association.Close()
+	s.unlimit(session)
+	left := make(chan struct{})
+	defer close(left)
+	go func() {
+		select {
+		case <-association.Done():
+			_ = session.conn.SetReadDeadline(past)
+		case <-left:
+		}
+	}()
+	_ = session.conn.SetDeadline(time.Time{}) // the sweeper's, if it has just come
+	_ = session.conn.SetWriteDeadline(time.Now().Add(s.handshakeTimeout()))
+	if _, err := session.conn.Write(associateReply(w.method, w.owed, association.Addr())); err != nil {
+		return true, nil
+	}
+	// Nothing more is to come on this connection but its end.
+	h := newHandshake(session.conn)
+	defer h.release()
+	for {
+		if _, err := session.conn.Read(h.small[:]); err != nil {
+			return true, nil
+		}
+	}
+}
+
+// associateReply is reply with the address that the client needs: the one exception
+// from SOCKS-8, on the loopback (PKT-10).
+func associateReply(method byte, owed bool, addr netip.AddrPort) []byte {
+	b := []byte{version, 0, 0, addressIPv4}
+	if addr.Addr().Is6() {
+		b[3] = addressIPv6
+	}
+	b = append(b, addr.Addr().AsSlice()...)
+	b = binary.BigEndian.AppendUint16(b, addr.Port())
+	if owed {
+		b = append([]byte{version, method}, b...)
+	}
+	return b
 }
 
 // refuse tells the client why, if it is there to be told. Bytes that it goes on

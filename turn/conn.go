@@ -542,6 +542,10 @@ func (c *Conn) Close() error {
 	return nil
 }
 
+// Lost tells the Conn that its server is gone, for a caller who knows it before an
+// answer is missed.
+func (c *Conn) Lost() { c.current().end(ErrLost) }
+
 func (c *Conn) reason() error {
 	c.mu.RLock()
 	defer c.mu.RUnlock()

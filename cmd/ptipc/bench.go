@@ -28,6 +28,7 @@ type benchFlags struct {
 	execFlags
 	asJSON   bool
 	listen   string
+	packets  string
 	duration time.Duration
 	rounds   int
 	conns    int
@@ -41,7 +42,8 @@ func newBench(o *options) *cobra.Command {
 		Use:   "bench {EXE CONFIG | --soak DURATION}",
 		Short: "Measure a transport beside the bare kernel path",
 		Long: `Measures a transport's child: bulk throughput and its CPU time, dials, one-byte
-round trips, idle connections, and the time from spawn to ready. Beside it, in
+round trips, idle connections, the time from spawn to ready, and datagrams: how
+many, how many of them are lost, how long they take, and their CPU time. Beside it, in
 turns and in the same run, stand no relay at all, the bare kernel path (a relay of
 a few lines of Go, which splices), a minimal SOCKS5 server and, where it is
 installed, microsocks. Each runs in a process of its own. The ratios are the
@@ -50,7 +52,8 @@ result; the absolute figures depend on the machine and on what else it does.
 ` + execUsage + `
 The measured connections lead to a server that this command runs. A free transport
 is given its address. A bound transport's own server has to deliver to it: choose
-the address with --listen.
+the address with --listen. Datagrams that only another transport understands go to
+that one's address with --packets-to, and from there to the one of --listen.
 
 As root on Linux it runs in a network namespace of its own, with cubic as TCP's
 congestion control, where a transport that needs the network cannot be measured.
@@ -68,6 +71,7 @@ code 1.`,
 		Example: `  ptipc bench builtin:direct '{}'
   ptipc bench ./pt-x @pt-x.json --only bulk,dial --json
   ptipc bench ./pt-bound @client.json --listen 127.0.0.1:7000
+  ptipc bench builtin:scramble @client.json --listen 127.0.0.1:7000 --packets-to 127.0.0.1:4444
   ptipc bench --soak 20m`,
 		Args: usageArgs(func(cmd *cobra.Command, args []string) error {
 			if f.soak != 0 {
@@ -86,6 +90,7 @@ code 1.`,
 	f.add(cmd)
 	cmd.Flags().BoolVar(&f.asJSON, "json", false, "write the report as JSON, with the figures of every round")
 	cmd.Flags().StringVar(&f.listen, "listen", "", "where the far end listens, IP:PORT; by default a port of the loopback")
+	cmd.Flags().StringVar(&f.packets, "packets-to", "", "where datagrams are sent, IP:PORT, if that is not the far end itself")
 	cmd.Flags().DurationVar(&f.duration, "duration", 500*time.Millisecond, "how long each figure is measured in each round")
 	cmd.Flags().IntVar(&f.rounds, "rounds", 7, "how many rounds there are")
 	cmd.Flags().IntVar(&f.conns, "idle", 1000, "how many idle connections there are")
@@ -115,6 +120,11 @@ func (f *benchFlags) check() error {
 			return usage("--listen %q: %w; write IP:PORT", f.listen, err)
 		}
 	}
+	if f.packets != "" {
+		if _, err := netip.ParseAddrPort(f.packets); err != nil {
+			return usage("--packets-to %q: %w; write IP:PORT", f.packets, err)
+		}
+	}
 	switch {
 	case f.duration < time.Millisecond:
 		return usage("--duration %v is too short; write 1ms or more", f.duration)
@@ -132,7 +142,7 @@ func (f *benchFlags) run(cmd *cobra.Command, o *options, exe, configText string)
 	}
 	ctx := cmd.Context()
 	network := bench.Network{Why: "the far end, or the proxy, is reached through the network that is there"}
-	if f.listen == "" && f.proxy == "" {
+	if f.listen == "" && f.proxy == "" && f.packets == "" {
 		going, n, code, done, err := bench.EnterNamespace(ctx)
 		if err != nil {
 			return err
@@ -152,7 +162,7 @@ func (f *benchFlags) run(cmd *cobra.Command, o *options, exe, configText string)
 		return err
 	}
 	c := bench.Config{
-		Transport: exe, Peer: []string{opener.self, "bench", benchPeer}, Listen: f.listen,
+		Transport: exe, Peer: []string{opener.self, "bench", benchPeer}, Listen: f.listen, PacketsTo: f.packets,
 		Duration: f.duration, Rounds: f.rounds, Conns: f.conns, Only: f.only, Network: network,
 		Progress: func(what string) { fmt.Fprintln(os.Stderr, "bench:", what) },
 	}
@@ -230,7 +240,7 @@ func (f *benchFlags) child(o *opener, exe, configText, state string) (func(ctx c
 			if err != nil || !fromChild {
 				return
 			}
-			if m, ok := message.(stdio.CMethod); ok {
+			if m, ok := message.(stdio.CMethod); ok && m.Protocol == stdio.ProtocolSOCKS5 {
 				mu.Lock()
 				defer mu.Unlock()
 				addrs[m.Name] = m.Addr
@@ -242,13 +252,14 @@ func (f *benchFlags) child(o *opener, exe, configText, state string) (func(ctx c
 		if err != nil {
 			return nil, err
 		}
+		_, packets, noPackets := packetFactory(transport, f.factory)
 		_, name, err := factory(transport, f.factory)
-		if err != nil {
+		if err != nil && noPackets != nil {
 			return nil, errors.Join(fmt.Errorf("--factory: %w: %w", err, ptipc.ExitUsage), transport.Close())
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		c.Transport, c.Name, c.Addr = transport, name, addrs[name]
+		c.Transport, c.Name, c.Addr, c.Packets = transport, name, addrs[name], packets
 		return c, nil
 	}, nil
 }

@@ -46,6 +46,9 @@ func TestBench(t *testing.T) {
 		"rtt.p50": {bench.ChildDial, bench.Direct, bench.Relay, bench.SOCKS5},
 		"rtt.p99": {bench.ChildDial, bench.Direct, bench.Relay, bench.SOCKS5},
 		"spawn":   {bench.ChildDial, bench.Relay, bench.SOCKS5},
+
+		"packets.64": {bench.ChildDial, bench.Direct, bench.Relay}, "packets.1": {bench.ChildDial, bench.Direct, bench.Relay},
+		"packets.1.p50": {bench.ChildDial, bench.Direct, bench.Relay}, "packets.1.p99": {bench.ChildDial, bench.Direct, bench.Relay},
 	}
 	// These may be nothing, or less than that, when they are as small as here.
 	there := map[string][]string{}
@@ -53,7 +56,7 @@ func TestBench(t *testing.T) {
 		if report.Network.CongestionControl == "" {
 			t.Error("the report names no congestion control")
 		}
-		for _, name := range []string{"bulk.down.cpu", "bulk.up.cpu", "dial.1.cpu", "dial.16.cpu", "rtt.cpu"} {
+		for _, name := range []string{"bulk.down.cpu", "bulk.up.cpu", "dial.1.cpu", "dial.16.cpu", "rtt.cpu", "packets.1.cpu", "packets.64.cpu"} {
 			want[name] = processes
 		}
 		want["dial.1.caller_cpu"], want["dial.16.caller_cpu"] = all, all
@@ -61,6 +64,7 @@ func TestBench(t *testing.T) {
 		want["rtt.blocking.p99"] = want["rtt.blocking.p50"]
 		want["rtt.blocking.cpu"] = []string{bench.ChildWire, bench.Relay}
 		want["idle.fds"] = processes
+		there["packets.64.loss"] = []string{bench.ChildDial, bench.Direct, bench.Relay}
 		there["idle.user"] = processes
 		there["idle.kernel"] = []string{bench.ChildDial, bench.Direct, bench.Relay, bench.SOCKS5}
 	}
@@ -104,6 +108,7 @@ func TestBenchUsage(t *testing.T) {
 		says string
 	}{
 		"listen":   {[]string{"--listen", "localhost:1"}, "--listen"},
+		"packets":  {[]string{"--packets-to", "localhost:1"}, "--packets-to"},
 		"duration": {[]string{"--duration", "0"}, "--duration"},
 		"rounds":   {[]string{"--rounds", "0"}, "--rounds"},
 		"idle":     {[]string{"--idle", "0"}, "--idle"},

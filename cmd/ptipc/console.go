@@ -145,6 +145,8 @@ func (c *console) follow(up context.Context, r *runner, stop context.CancelFunc)
 		shown := control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Through()}
 		if path, ok := strings.CutPrefix(f.Listen, "unix://"); ok {
 			shown.Address = path
+		} else if f.Packets() {
+			shown.Address = "udp://" + shown.Address // one for streams may have the same port
 		}
 		var refused func() uint64
 		if guard, ok := f.listener.(interface{ Refused() uint64 }); ok {

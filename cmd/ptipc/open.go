@@ -200,10 +200,29 @@ func factory(t *ptipc.Transport, name string) (ptipc.ConnectionFactory, string, 
 	switch {
 	case ok:
 		return f, name, nil
+	case len(names) == 0 && len(t.Packets) > 0:
+		return f, "", errors.New("the transport carries datagrams and no streams")
 	case name == "":
 		return f, "", fmt.Errorf("the transport has several connection factories; name one of %s", strings.Join(names, ", "))
 	}
 	return f, "", fmt.Errorf("the transport has no connection factory %q; it has %s", name, strings.Join(names, ", "))
+}
+
+// packetFactory picks a packet factory: the named one, or the only one.
+func packetFactory(t *ptipc.Transport, name string) (ptipc.PacketFactory, string, error) {
+	names := slices.Sorted(maps.Keys(t.Packets))
+	f, ok := t.Packets[name]
+	switch {
+	case ok:
+		return f, name, nil
+	case len(names) == 0:
+		return nil, "", errors.New("the transport carries no datagrams")
+	case len(names) == 1 && (name == "" || t.Connections[name].Dial != nil):
+		return t.Packets[names[0]], names[0], nil
+	case name == "":
+		return nil, "", fmt.Errorf("the transport has several packet factories; name one of %s", strings.Join(names, ", "))
+	}
+	return nil, "", fmt.Errorf("the transport has no packet factory %q; it has %s", name, strings.Join(names, ", "))
 }
 
 func builtins() []string {

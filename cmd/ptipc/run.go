@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -20,6 +21,7 @@ import (
 	"pthost/cmd/ptipc/internal/config"
 	"pthost/ptipc"
 	"pthost/ptipc/front"
+	"pthost/ptipc/localnet"
 )
 
 // drainTime is how long connections may go on after Ctrl-C.
@@ -35,6 +37,10 @@ func newRun(o *options) *cobra.Command {
 ordinary programs use it. Without a file it runs both ends of a WebSocket over TLS
 in children of their own, behind a SOCKS5 proxy on 127.0.0.1:1080, and fetches a
 page through it all, as a proof.
+
+A front on udp://127.0.0.1:PORT forwards datagrams to one address, through a transport
+that carries them; a SOCKS5 front in front of such a transport takes UDP ASSOCIATE too.
+Datagrams go to addresses, never to names.
 
 Other users of this machine are refused at every front. Ctrl-C ends everything
 that was started; a second one does so at once.
@@ -132,8 +138,10 @@ type runner struct {
 
 type runningFront struct {
 	config.Front
-	server   front.Server
-	listener net.Listener
+	server interface {
+		Shutdown(ctx context.Context) error
+	}
+	listener interface{ Addr() net.Addr }
 	ended    chan error
 }
 
@@ -198,7 +206,7 @@ func (r *runner) start(ctx context.Context, file *config.File) error {
 			what = "a child that runs already"
 		}
 		fmt.Fprintf(r.out, "transport %s: %s is ready after %v, with %s\n", name, what,
-			time.Since(began).Round(time.Millisecond), strings.Join(slices.Sorted(maps.Keys(transport.Connections)), ", "))
+			time.Since(began).Round(time.Millisecond), strings.Join(factories(transport), ", "))
 	}
 	for i, f := range file.Fronts {
 		if err := r.startFront(f); err != nil {
@@ -254,7 +262,19 @@ func (r *runner) startServer(ctx context.Context, name string, t config.Transpor
 	return nil
 }
 
+// factories names what a transport offers, for people.
+func factories(t *ptipc.Transport) []string {
+	names := slices.Sorted(maps.Keys(t.Connections))
+	for _, name := range slices.Sorted(maps.Keys(t.Packets)) {
+		names = append(names, name+" for datagrams")
+	}
+	return names
+}
+
 func (r *runner) startFront(f config.Front) error {
+	if f.Packets() {
+		return r.startPackets(f)
+	}
 	transport, err := adapt(r.transports[f.Through()], f.Adapters())
 	if err != nil {
 		return fmt.Errorf("via: %w: %w", err, ptipc.ExitConfig)
@@ -270,6 +290,9 @@ func (r *runner) startFront(f config.Front) error {
 		return &ptipc.ConfigError{Pointer: "/serve", Value: `"socks5"`, Problem: "needs a free transport, and " + name + " is bound", Remedy: `write "serve": "forward"`}
 	case f.Serve == "socks5":
 		server = front.SOCKS5(chosen, f.Settings, log)
+		if packets, _, err := packetFactory(transport, name); err == nil {
+			server = front.SOCKS5WithPackets(chosen, packets, f.Settings, log)
+		}
 	case chosen.Bound && f.Dest != "":
 		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "has no meaning, since " + name + " is bound", Remedy: "remove it"}
 	case !chosen.Bound && f.Dest == "":
@@ -287,6 +310,35 @@ func (r *runner) startFront(f config.Front) error {
 	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), strings.Join(append(f.Adapters(), f.Through()), " over "))
 	return nil
 }
+
+// startPackets starts a front for datagrams.
+func (r *runner) startPackets(f config.Front) error {
+	chosen, name, err := packetFactory(r.transports[f.Transport], f.Connection)
+	if err != nil {
+		return fmt.Errorf("connection: %w: %w", err, ptipc.ExitConfig)
+	}
+	to, err := netip.ParseAddrPort(f.Dest)
+	if err != nil {
+		return err // it was checked with the file
+	}
+	log := r.opener.log.With("front", f.Listen, "transport", f.Transport)
+	conn, err := front.ListenPacket(f.Listen, log)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, ptipc.ExitUnavailable)
+	}
+	server := front.ForwardPackets(chosen, to, log)
+	server.Idle, server.Max = time.Duration(f.Idle), f.Sessions
+	running := &runningFront{Front: f, server: server, listener: packetFront{conn}, ended: make(chan error, 1)}
+	r.fronts = append(r.fronts, running)
+	go func() { running.ended <- server.Serve(conn) }()
+	fmt.Fprintf(r.out, "front %s: datagrams to %s on %s, through %s of %s\n", f.Listen, to, conn.LocalAddr(), name, f.Transport)
+	return nil
+}
+
+// packetFront is the socket of a front for datagrams.
+type packetFront struct{ *localnet.GuardedPacketConn }
+
+func (f packetFront) Addr() net.Addr { return f.LocalAddr() }
 
 // wait returns at Ctrl-C, or when a front or every transport has ended.
 func (r *runner) wait(ctx context.Context) error {

@@ -72,8 +72,15 @@ func explain(out io.Writer, file *config.File) {
 	for _, f := range file.Fronts {
 		t := file.Transports[f.Through()]
 		fmt.Fprintln(out, "a program of this user")
+		if f.Packets() {
+			fmt.Fprintf(out, "  │ datagrams; each address that they come from is a session with a socket of its own\n")
+			fmt.Fprintf(out, "front %s, datagrams to %s\n", f.Listen, f.Dest)
+			fmt.Fprintf(out, "  │ TURN on loopback UDP, with credentials of this child alone\n")
+			fmt.Fprintf(out, "%s\n  │ the transport's wire\n%s\n\n", describeChild(f.Through(), t), f.Dest)
+			continue
+		}
 		if f.Serve == "socks5" {
-			fmt.Fprintf(out, "  │ SOCKS5, CONNECT; names as names\n")
+			fmt.Fprintf(out, "  │ SOCKS5, CONNECT; names as names; UDP ASSOCIATE, to addresses alone, if the transport has datagrams\n")
 		} else {
 			fmt.Fprintf(out, "  │ whatever it speaks\n")
 		}

@@ -3,17 +3,20 @@ package child
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 
 	"pthost/ptipc"
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/relay"
 	"pthost/ptipc/stdio"
 	"pthost/socks"
+	"pthost/turn"
 )
 
 // client is a child in the role client.
@@ -22,6 +25,7 @@ type client struct {
 	factory   ptipc.TransportFactory
 	transport *ptipc.Transport
 	servers   []*socks.Server
+	packets   []*packetServer
 	dirs      []*localnet.Dir
 	serving   sync.WaitGroup
 
@@ -38,12 +42,18 @@ func (c *client) open(ctx context.Context, config ptipc.Opaque, env ptipc.Env) e
 		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 	}
 	c.transport = transport
-	if len(transport.Connections) == 0 {
+	if len(transport.Connections)+len(transport.Packets) == 0 {
 		err = errors.New("the transport offers no connection factory")
 		return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 	}
 	for i, name := range slices.Sorted(maps.Keys(transport.Connections)) {
 		if err := c.announce(i, name, transport.Connections[name]); err != nil {
+			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
+		}
+	}
+	credentials := turn.NewCredentials() // PKT-4
+	for _, name := range slices.Sorted(maps.Keys(transport.Packets)) {
+		if err := c.announcePackets(name, transport.Packets[name], credentials); err != nil {
 			return errors.Join(err, c.out.Send(stdio.NewCMethodError(stdio.WholeTransport, err)))
 		}
 	}
@@ -107,6 +117,72 @@ func (c *client) announce(i int, name string, factory ptipc.ConnectionFactory) e
 	return c.out.Send(stdio.CMethod{Name: name, Protocol: stdio.ProtocolSOCKS5, Addr: addr, Args: args})
 }
 
+// packetServer is the TURN server of one packet factory.
+type packetServer struct {
+	turn.Server
+	counts atomic.Bool // its sockets are not counted by the transport any more
+}
+
+func (s *packetServer) open(ctx context.Context, factory ptipc.PacketFactory) (net.PacketConn, error) {
+	conn, err := factory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if metered, ok := conn.(*relay.PacketConn); ok {
+		if udp, ok := metered.Detach(); ok {
+			s.counts.Store(true)
+			return udp, nil
+		}
+	}
+	return conn, nil
+}
+
+// add adds what the server counts in place of the transport.
+func (s *packetServer) add(totals *ptipc.TransportStats) {
+	if s.counts.Load() {
+		stats := s.Stats()
+		totals.Active += uint64(stats.Allocations)
+		totals.Received += stats.ReceivedBytes
+		totals.Sent += stats.SentBytes
+	}
+}
+
+// announcePackets serves one packet factory over TURN and writes its CMETHOD line
+// (PKT-3). An allocation is a socket of the factory, and gives it back (PKT-7).
+func (c *client) announcePackets(name string, factory ptipc.PacketFactory, credentials turn.Credentials) error {
+	conn, err := localnet.ListenUDP("127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	server := &packetServer{}
+	server.Server = turn.Server{Credentials: credentials, Log: c.logger(), Packets: func(ctx context.Context) (net.PacketConn, error) {
+		return server.open(ctx, factory)
+	}}
+	local, uids := conn.LocalAddr().(*net.UDPAddr).AddrPort(), c.uids()
+	if localnet.Supported("udp") {
+		server.Allow = func(client net.Addr) error { // PKT-5
+			cred, err := localnet.UDPPeer(local, client.(*net.UDPAddr).AddrPort())
+			if err == nil && !slices.Contains(uids, cred.UID) {
+				err = fmt.Errorf("uid %d is not let in", cred.UID)
+			}
+			return err
+		}
+	}
+	c.packets = append(c.packets, server)
+	c.serving.Go(func() {
+		if err := server.Serve(conn); err != nil && !errors.Is(err, net.ErrClosed) {
+			c.logger().Error("a packet factory has failed", "factory", name, "err", err)
+		}
+	})
+	return c.out.Send(stdio.CMethod{
+		Name: name, Protocol: stdio.ProtocolTURN, Addr: local.String(), Args: stdio.Args{
+			{Key: stdio.ArgUsername, Value: credentials.Username},
+			{Key: stdio.ArgPassword, Value: credentials.Password},
+			{Key: stdio.ArgRealm, Value: credentials.Realm},
+		},
+	})
+}
+
 // granted is what the host's connection is relayed as: one that knows a break from an
 // end (SOCKS-20).
 func (c *client) granted(conn net.Conn) net.Conn {
@@ -146,6 +222,16 @@ func (c *client) drain(ctx context.Context) {
 		})
 	}
 	shut.Wait()
+	// Datagrams have no end that could be waited for: they go on for as long as streams do.
+	c.closePackets()
+}
+
+func (c *client) closePackets() {
+	for _, server := range c.packets {
+		if err := server.Close(); err != nil {
+			c.logger().Error("a packet factory did not close", "err", err)
+		}
+	}
 }
 
 func (c *client) close() {
@@ -154,6 +240,7 @@ func (c *client) close() {
 	for _, server := range c.servers {
 		_ = server.Shutdown(cut) // what is left is to be cut
 	}
+	c.closePackets()
 	c.serving.Wait()
 	if c.transport != nil {
 		if err := c.transport.Close(); err != nil {
@@ -171,6 +258,9 @@ func (c *client) stats(name string) any {
 		totals, err := c.transport.Stats(context.Background())
 		if err != nil {
 			return nil
+		}
+		for _, server := range c.packets {
+			server.add(&totals)
 		}
 		return totals
 	}

@@ -60,10 +60,10 @@ var lineCases = []Case{
 		}
 	}),
 	must("LINE-4/form", func(t *trial) {
-		form := regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63} socks5 [^ ]+( ARGS:[^ ]+)?$`)
+		form := regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63} (?:socks5|turn) [^ ]+( ARGS:[^ ]+)?$`)
 		for _, line := range t.child().with("CMETHOD") {
 			if !form.MatchString(line) {
-				t.fell("CMETHOD NAME socks5 ADDR, and ARGS: or nothing", "CMETHOD %s", line)
+				t.fell("CMETHOD NAME and socks5 or turn, ADDR, and ARGS: or nothing", "CMETHOD %s", line)
 			}
 		}
 	}),
@@ -101,6 +101,9 @@ var lineCases = []Case{
 			once.Do(func() {
 				defer close(failed)
 				for _, m := range c.methods() {
+					if m.protocol == turnProtocol {
+						continue // PKT-4 has a case that needs an answer
+					}
 					conn, err := connect(t.ctx, c, m)
 					if errors.Is(err, localnet.ErrAddr) {
 						continue // LINE-5 has a case for that

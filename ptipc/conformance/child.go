@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -360,10 +361,14 @@ func (t *trial) child() *child {
 // method is the connection factory that the subject names.
 func (t *trial) method(c *child) method {
 	methods, name := c.methods(), t.suite.subject.Factory
+	methods = slices.DeleteFunc(methods, func(m method) bool { return m.protocol == turnProtocol })
 	for _, m := range methods {
 		if m.name == name || name == "" && len(methods) == 1 {
 			return m
 		}
+	}
+	if len(methods) == 0 {
+		t.cannot("the child announces packet factories alone")
 	}
 	if name == "" {
 		t.cannot("the child announces %d connection factories; name one of them in Subject.Factory", len(methods))

@@ -103,7 +103,7 @@ func slow(c Case) Case {
 
 // Cases returns the cases of both roles in the order in which they are run.
 func Cases() []Case {
-	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, lineCases, endCases, serverCases)
+	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, packetCases, lineCases, endCases, serverCases)
 }
 
 // A Verdict is how a case went.

@@ -86,7 +86,11 @@ func want(t *testing.T, report conformance.Report, v conformance.Verdict, names 
 
 // Cases that cannot run with a child, or on a machine, of some kind.
 var (
-	ofRoot        = []string{"SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/host-user"}
+	ofPackets = []string{
+		"PKT-2/unasked", "PKT-3/form", "PKT-4/without-credentials", "PKT-4/wrong-password", "PKT-4/fresh", "PKT-5/other-user",
+		"PKT-6/whole", "PKT-7/given-back", "PROXY-4/not-around",
+	}
+	ofRoot        = []string{"PKT-5/other-user", "SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/host-user"}
 	withoutKeys   = []string{"CFG-2/twice", "CFG-2/wrong-case"}
 	withoutErrors = []string{"CFG-2/place", "LINE-8/method-error"}
 	withoutLogs   = []string{"LINE-9/log", "LINE-10/status"}
@@ -113,7 +117,7 @@ func TestWithoutFault(t *testing.T) {
 	t.Parallel()
 	report := run(t, faultySubject(t, ""), conformance.Options{})
 	want(t, report, conformance.FellShort)
-	want(t, report, conformance.NotRun, slices.Concat(withoutKeys, withoutLogs, ofBound)...)
+	want(t, report, conformance.NotRun, slices.Concat(withoutKeys, withoutLogs, ofBound, ofPackets)...)
 	if !report.OK() {
 		t.Error("the report is not OK")
 	}
@@ -156,7 +160,7 @@ func TestBoundWithoutFault(t *testing.T) {
 	t.Parallel()
 	report := run(t, boundSubject(t, ""), conformance.Options{})
 	want(t, report, conformance.FellShort)
-	want(t, report, conformance.NotRun, slices.Concat(withoutLogs, ofFree)...)
+	want(t, report, conformance.NotRun, slices.Concat(withoutLogs, ofFree, ofPackets)...)
 }
 
 // A fault and the cases that must fall short because of it.
@@ -267,6 +271,18 @@ var (
 			"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id",
 			"LINE-1/cr", "LINE-1/skipped", "LINE-2/unknown-keyword",
 		}},
+	}
+	packetFaults = []fault{
+		{"turn: no fault", nil},
+		{"turn: no realm", []string{"PKT-3/form"}},
+		{"turn: needs no credentials", []string{"PKT-4/without-credentials", "PKT-4/wrong-password", "PKT-5/other-user"}},
+		{"turn: takes any password", []string{"PKT-4/wrong-password"}},
+		{"turn: the same credentials", []string{"PKT-4/fresh"}},
+		{"turn: hears everybody", []string{"PKT-5/other-user"}},
+		{"turn: cuts datagrams", []string{"PKT-6/whole"}},
+		{"turn: takes strangers for peers", []string{"PKT-2/unasked"}},
+		{"turn: keeps sockets", []string{"PKT-7/given-back"}},
+		{"turn: goes around the proxy", []string{"PROXY-4/not-around"}},
 	}
 	boundFaults = []fault{
 		{"bound to anything", []string{"SOCKS-11/elsewhere"}},
@@ -395,6 +411,25 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+func TestFaultsOfPackets(t *testing.T) {
+	t.Parallel()
+	for _, f := range packetFaults {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			names := ofPackets
+			switch f.name {
+			case "turn: no realm": // there are no credentials to try
+				names = f.fells
+			case "turn: needs no credentials", "turn: takes any password": // there are no allocations either
+				names = []string{"PKT-3/form", "PKT-4/without-credentials", "PKT-4/wrong-password", "PKT-5/other-user"}
+			}
+			report := run(t, faultySubject(t, f.name), conformance.Options{Pattern: exactly(slices.Concat(names, []string{"LINE-4/form", "LINE-5/address", "LINE-6/args", "LINE-7/listening"}))})
+			want(t, report, conformance.FellShort, f.fells...)
+			want(t, report, conformance.NotRun)
+		})
+	}
+}
+
 func TestFaultsOfBound(t *testing.T) {
 	t.Parallel()
 	for _, f := range boundFaults {
@@ -430,7 +465,7 @@ func TestFaultsSlow(t *testing.T) {
 // Every case is shown to fall short for some fault: one that cannot would say nothing.
 func TestEveryCaseCanFallShort(t *testing.T) {
 	fells := []string{"SOCKS-11/anywhere"} // see TestFaultsOfBound
-	for _, f := range slices.Concat(faults, boundFaults, slowFaults, serverFaults, generateFaults) {
+	for _, f := range slices.Concat(faults, packetFaults, boundFaults, slowFaults, serverFaults, generateFaults) {
 		fells = append(fells, f.fells...)
 	}
 	names := map[string]bool{}
@@ -523,7 +558,7 @@ func TestRawChild(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := conformance.Subject{Path: testpeer.Need(t, "python3"), Args: []string{script}, Plain: true}
-	demandAll(t, s, slices.Concat(withoutKeys, withoutErrors, withoutLogs, ofBound, ofExtended, ofStats))
+	demandAll(t, s, slices.Concat(withoutKeys, withoutErrors, withoutLogs, ofBound, ofExtended, ofStats, ofPackets))
 }
 
 // tool builds the tool, which carries transports.

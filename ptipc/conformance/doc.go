@@ -2,7 +2,8 @@
 // spec/ptipc.md demands of it.
 //
 // It speaks the control lines and the modified SOCKS5 with its own bytes, so that
-// no tolerance of the host's can hide a fault of the child:
+// no tolerance of the host's can hide a fault of the child (allocations that are to be
+// granted are had by package turn, those that are not by bytes of its own):
 //
 //	report, err := conformance.Run(ctx, conformance.Subject{
 //		Path:   "/usr/lib/pt/pt-example",

@@ -315,6 +315,9 @@ func (f *faulty) announce() {
 		protocol = "socks4"
 	}
 	f.say("CMETHOD faulty %s %s ARGS:%s", protocol, addr, args)
+	if strings.HasPrefix(f.fault, "turn:") && (f.host.Proxy == "" || f.is("turn: goes around the proxy")) {
+		f.announcePackets()
+	}
 	if f.is("VERSION late") {
 		f.say("VERSION 1")
 	}

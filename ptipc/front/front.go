@@ -10,6 +10,8 @@
 //	defer server.Shutdown(ctx)
 //
 // Names go on as names (SOCKS-13), and other users of the machine are refused.
+// [ForwardPackets] and [SOCKS5WithPackets] are for datagrams, which go to addresses
+// alone.
 package front
 
 import (

@@ -26,7 +26,7 @@ func (a *Attachment) Open(_ context.Context, config ptipc.Opaque, env ptipc.Env)
 	if !config.Empty() {
 		return nil, &ptipc.ConfigError{Problem: "cannot be handed to a child that runs already", Remedy: "leave the configuration out"}
 	}
-	if env.DialOut != nil {
+	if env.DialOut != nil || env.PacketsOut != nil {
 		return nil, fmt.Errorf("a child that runs already cannot be given a way out: %w", ptipc.ExitUsage)
 	}
 	if len(a.Addrs) == 0 {

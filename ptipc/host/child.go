@@ -19,6 +19,7 @@ import (
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/proc"
 	"pthost/ptipc/stdio"
+	"pthost/turn"
 )
 
 const (
@@ -43,7 +44,8 @@ type method struct {
 	bound bool
 	proxy bool // a server that connects its clients itself (SRV-2)
 	stats bool
-	ends  bool // the child marks ends of streams (SOCKS-20)
+	ends  bool              // the child marks ends of streams (SOCKS-20)
+	turn  *turn.Credentials // of a packet factory; nil for streams
 }
 
 // child is one process, from its start to its end.
@@ -290,6 +292,15 @@ func (c *child) checkSockets(ctx context.Context) error {
 		return ended
 	}
 	for name, m := range c.methods {
+		if m.turn != nil {
+			if err := checkPackets(m, pids); err != nil {
+				if c.gone(ctx) {
+					return ended
+				}
+				return fmt.Errorf("%w: %s was announced at %s: %w (PKT-5)", errAnnounced, name, m.addr, err)
+			}
+			continue
+		}
 		conn, err := connect(ctx, c.dir, m.addr)
 		switch {
 		case err == nil:
@@ -411,7 +422,11 @@ func (c *child) announcement(message stdio.Message) {
 		c.addErr(fmt.Errorf("the child cannot use the upstream proxy: %s: %w", m.Text, ptipc.ExitUnavailable))
 		c.settle()
 	case stdio.CMethod:
-		if c.role == roleClient && c.wanted(m.Name) {
+		switch {
+		case c.role != roleClient || !c.wanted(m.Name):
+		case c.session.own && m.Protocol == stdio.ProtocolTURN:
+			c.add("CMETHOD "+m.Name, packetKey(m.Name), func() (method, error) { return packetsOf(m) })
+		default:
 			c.add("CMETHOD "+m.Name, m.Name, func() (method, error) { return c.factoryOf(m) })
 		}
 	case stdio.SMethod:

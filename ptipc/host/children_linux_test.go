@@ -130,7 +130,7 @@ func own(args []string) []string {
 	return args
 }
 
-// playSay writes the lines that it is given, in which {tcp}, {unix} and {wild} are
+// playSay writes the lines that it is given, in which {tcp}, {unix}, {wild}, {udp} and {wildudp} are
 // sockets of its own, and then waits for the end of its standard input, or ends at
 // !exit.
 func playSay(args []string) int {
@@ -142,12 +142,21 @@ func playSay(args []string) int {
 	if err != nil {
 		return 1
 	}
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		return 1
+	}
+	wildUDP, err := net.ListenPacket("udp4", "0.0.0.0:0")
+	if err != nil {
+		return 1
+	}
 	_ = os.Remove("own.sock") // of a start before this one
 	if _, err := net.Listen("unix", "own.sock"); err != nil {
 		return 1
 	}
 	replace := strings.NewReplacer("{tcp}", listener.Addr().String(), "{unix}", "unix:own.sock",
-		"{wild}", fmt.Sprintf("127.0.0.1:%d", wild.Addr().(*net.TCPAddr).Port))
+		"{wild}", fmt.Sprintf("127.0.0.1:%d", wild.Addr().(*net.TCPAddr).Port),
+		"{udp}", udp.LocalAddr().String(), "{wildudp}", fmt.Sprintf("127.0.0.1:%d", wildUDP.LocalAddr().(*net.UDPAddr).Port))
 	for _, line := range own(args) {
 		if line == "!exit" {
 			return int(ptipc.ExitConfig)

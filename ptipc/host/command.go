@@ -9,6 +9,9 @@
 //	defer transport.Close()
 //	conn, err := transport.Connections["example"].Dial(ctx, nil, "example.com:443")
 //
+// Where the child has packet factories, Packets["example"](ctx) opens a [net.PacketConn],
+// whose datagrams travel over TURN (PKT-3). It lives through restarts too (PKT-8).
+//
 // The child is started with its configuration (ARG-1), watched, restarted when it
 // ends (LIFE-6) and stopped with everything that it started (LIFE-4, LIFE-5). The
 // Transport lives through restarts: a Dial waits for the child that comes next.
@@ -151,6 +154,8 @@ func (c *Command) check(env ptipc.Env) error {
 		return usage("a wait or a number of Restart is less than 0; 0 takes the default")
 	case c.Dialect != nil && (c.Plain || c.ConfigArgv):
 		return usage("Plain and ConfigArgv belong to the project's own protocol; a dialect has its own way")
+	case c.Proxy == "" && env.DialOut == nil && env.PacketsOut != nil:
+		return usage("a child cannot be given Env.PacketsOut; its datagrams would go around it (PROXY-4)")
 	case c.Proxy == "" && env.DialOut == nil:
 		return nil
 	case c.Proxy != "" && env.DialOut != nil:

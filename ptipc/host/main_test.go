@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"pthost/ptipc"
 	author "pthost/ptipc/child"
 	"pthost/transports/direct"
 )
@@ -17,6 +19,16 @@ import (
 var roles = map[string]func(args []string) int{
 	"direct": func(args []string) int {
 		author.MainArgs(args, author.Transport{Client: direct.Open})
+		return 0 // not reached
+	},
+	"streams": func(args []string) int { // the same without datagrams
+		author.MainArgs(args, author.Transport{Client: func(ctx context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
+			t, err := direct.Open(ctx, config, env)
+			if err == nil {
+				t.Packets = nil
+			}
+			return t, err
+		}})
 		return 0 // not reached
 	},
 }

@@ -299,6 +299,12 @@ func TestAnnouncements(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer foreign.Close()
+	foreignUDP, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreignUDP.Close()
+	const secrets = " ARGS:username=hunter2,password=hunter2,realm=hunter2"
 	const version, done = "VERSION 1", "CMETHODS DONE"
 	const good = "CMETHOD x socks5 {tcp}"
 	tests := []struct {
@@ -316,6 +322,15 @@ func TestAnnouncements(t *testing.T) {
 		{"a line that is too long (LINE-1)", []string{version, "LOG SEVERITY=info MESSAGE=" + strings.Repeat("x", 70000), good, done}, ""},
 		{"CMETHOD after CMETHODS DONE", []string{version, good, done, "CMETHOD y socks5 192.0.2.1:1", done}, ""},
 		{"one of two factories fails (LINE-8)", []string{version, "CMETHOD-ERROR y it is broken", good, done}, ""},
+
+		{"the same name for datagrams (PKT-3)", []string{version, good, "CMETHOD x turn {udp}" + secrets, done}, ""},
+
+		{"datagrams twice (PKT-3)", []string{version, "CMETHOD x turn {udp}" + secrets, "CMETHOD x turn {udp}" + secrets, done}, "CMETHOD x was announced twice"},
+		{"datagrams on a unix socket (PKT-3)", []string{version, "CMETHOD x turn {unix}" + secrets, done}, "unix socket"},
+		{"datagrams without credentials (PKT-3)", []string{version, "CMETHOD x turn {udp} ARGS:username=a,password=hunter2", done}, "no username, password and realm"},
+		{"datagrams from all addresses (LIFE-11)", []string{version, "CMETHOD x turn {wildudp}" + secrets, done}, "all addresses"},
+		{"somebody else's UDP port (PKT-5)", []string{version, "CMETHOD x turn " + foreignUDP.LocalAddr().String() + secrets, done}, "belongs to another process"},
+		{"nobody's UDP port (PKT-5)", []string{version, "CMETHOD x turn 127.0.0.1:1" + secrets, done}, "nobody listens"},
 
 		{"another VERSION", []string{"VERSION 2", good, done}, `speaks version "2"`},
 		{"VERSION-ERROR (LINE-11)", []string{"VERSION-ERROR no-version", "!exit"}, "none of our versions: no-version"},
@@ -352,7 +367,11 @@ func TestAnnouncements(t *testing.T) {
 				}
 				return
 			}
-			wants(t, refused(t, c, `{}`, ptipc.Env{Log: log.logger()}), tt.want)
+			err := refused(t, c, `{}`, ptipc.Env{Log: log.logger()})
+			wants(t, err, tt.want)
+			if strings.Contains(err.Error()+log.String(), "hunter2") { // PKT-4
+				t.Errorf("credentials are told: %v; %s", err, log)
+			}
 		})
 	}
 }
@@ -527,6 +546,7 @@ func TestUsage(t *testing.T) {
 		{"plain and a proxy (ARG-6)", &Command{Path: "x", Plain: true, Proxy: "socks5://h:1"}, ptipc.Env{}, "go around it"},
 		{"a proxy on the command line (PROXY-3)", &Command{Path: "x", ConfigArgv: true, Proxy: "socks5://u:hunter2@h:1"}, ptipc.Env{}, "by standard input"},
 		{"another kind of proxy (PROXY-3)", &Command{Path: "x", Proxy: "http://u:hunter2@h:1"}, ptipc.Env{}, "socks5://"},
+		{"a way out for datagrams alone (PROXY-4)", &Command{Path: "x"}, ptipc.Env{PacketsOut: func(context.Context, string) (net.PacketConn, error) { return nil, net.ErrClosed }}, "go around it"},
 		{"less than no wait", &Command{Path: "x", Restart: Restart{Min: -1}}, ptipc.Env{}, "less than 0"},
 	}
 	for _, tt := range tests {

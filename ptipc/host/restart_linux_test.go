@@ -89,7 +89,7 @@ func TestDialDuringRestart(t *testing.T) {
 // A child that hangs up during the handshake, or has stopped listening, and then ends
 // is as good as gone: the dial waits for the one that comes after it.
 func TestDialWhileChildLeaves(t *testing.T) {
-	transport := open(t, self("steps", "leave", "direct"), `{}`, ptipc.Env{})
+	transport := open(t, self("steps", "leave", "streams"), `{}`, ptipc.Env{})
 	factory, echo := transport.Connections["direct"], server(t)
 	talk(t, dial(t, factory, "", echo), "first")
 	talk(t, dial(t, factory, "", echo), "next")

@@ -47,6 +47,7 @@ type supervisor struct {
 	mu      sync.Mutex
 	current *child        // nil between two children
 	changed chan struct{} // closed when current changes or the supervision ends
+	sockets map[*packetSocket]struct{}
 	ended   bool
 	err     error // why it ended; nil after Close
 }
@@ -233,6 +234,11 @@ func (s *supervisor) publish(c *child) {
 	s.current = c
 	close(s.changed)
 	s.changed = make(chan struct{})
+	if c == nil {
+		for socket := range s.sockets {
+			socket.Lost() // one that only listens would not notice for a while (PKT-8)
+		}
+	}
 }
 
 // supervise watches the child and starts another one when it ends (LIFE-6).
@@ -322,6 +328,20 @@ func (s *supervisor) transport(methods map[string]method) *ptipc.Transport {
 		},
 	}
 	for name, m := range methods {
+		if m.turn != nil {
+			if t.Packets == nil {
+				t.Packets = map[string]ptipc.PacketFactory{}
+			}
+			name = packetName(name)
+			t.Packets[name] = s.meter.Packets(func(ctx context.Context) (net.PacketConn, error) {
+				conn, err := s.openPackets(ctx, name)
+				if err != nil {
+					return nil, fmt.Errorf("transport %s: %s: %w", s.command.name(), name, err)
+				}
+				return conn, nil
+			})
+			continue
+		}
 		t.Connections[name] = s.meter.Factory(m.bound, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
 			conn, err := s.dial(ctx, name, settings, dest)
 			if err != nil {

@@ -78,6 +78,24 @@ func play(role, a, b string) error {
 			return err
 		}
 		fmt.Println("ok")
+	case "datagrams": // say a word to b from one address of each kind, and hold one at a
+		held, err := net.ListenPacket("udp", a)
+		if err != nil {
+			return err
+		}
+		defer held.Close()
+		c, err := net.Dial("udp", b)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("connected")); err != nil {
+			return err
+		}
+		if _, err := held.WriteTo([]byte("held"), c.RemoteAddr()); err != nil {
+			return err
+		}
+		fmt.Println(held.LocalAddr())
 	case "listen":
 		l, err := net.Listen(a, b)
 		if err != nil {

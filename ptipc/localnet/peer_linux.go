@@ -16,8 +16,10 @@ import (
 )
 
 // Supported reports whether [Peer] can tell the user behind connections of a
-// network, "unix" or "tcp", on this system.
-func Supported(network string) bool { return network == "unix" || network == "tcp" }
+// network, "unix" or "tcp", on this system, or [UDPPeer] that behind datagrams for "udp".
+func Supported(network string) bool {
+	return network == "unix" || network == "tcp" || network == "udp"
+}
 
 func unixPeer(conn *net.UnixConn) (Cred, error) {
 	raw, err := conn.SyscallConn()
@@ -110,6 +112,11 @@ func tcpListenerOwnedBy(conn *net.TCPConn, local, remote netip.AddrPort, pids []
 	if sock.local != remote {
 		return fmt.Errorf("it listens on %s: %w", sock.local, ErrForeignListener)
 	}
+	return heldBy(sock, pids)
+}
+
+// heldBy says whether one of the processes has the socket.
+func heldBy(sock diagSocket, pids []int) error {
 	var unreadable error
 	for _, pid := range pids {
 		held, err := holdsSocket(pid, sock.inode)
@@ -174,4 +181,45 @@ func runsAs(pid int, uid uint32) (bool, error) {
 		}
 	}
 	return false, fmt.Errorf("the status of process %d names no uid: %w", pid, fs.ErrPermission)
+}
+
+func udpPeer(local, from netip.AddrPort) (Cred, error) {
+	sock, err := diag.lookupUDP(from, local)
+	if errors.Is(err, unix.ENOENT) {
+		return Cred{}, cmp.Or(undiagnosedUDP(local, from), ErrPeerGone)
+	}
+	if err != nil {
+		return Cred{}, err
+	}
+	// A socket of all addresses sends from the one that the answer goes to.
+	if sock.local.Port() != from.Port() || sock.local.Addr() != from.Addr() && !sock.local.Addr().IsUnspecified() || sock.inode == 0 {
+		return Cred{}, ErrPeerGone
+	}
+	return Cred{UID: sock.uid}, nil
+}
+
+// undiagnosedUDP is undiagnosed for UDP: our own socket is there for certain.
+func undiagnosedUDP(local, from netip.AddrPort) error {
+	if _, err := diag.lookupUDP(local, from); errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%w: the kernel lacks the module udp_diag; load it", ErrUnsupported)
+	}
+	return nil
+}
+
+func udpOwnedBy(addr netip.AddrPort, pids []int) error {
+	// Whoever sends from port 0, which nobody has, reaches what is not connected.
+	sock, err := diag.lookupUDP(addr, netip.AddrPortFrom(addr.Addr(), 0))
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return errNoListener
+	case err != nil:
+		return err
+	case sock.inode == 0 || sock.local.Port() != addr.Port():
+		return errNoListener
+	case sock.local.Addr().IsUnspecified():
+		return ErrWildcard
+	case sock.local != addr:
+		return fmt.Errorf("it is bound to %s: %w", sock.local, ErrForeignListener)
+	}
+	return heldBy(sock, pids)
 }

@@ -436,7 +436,7 @@ func TestDiagRecovers(t *testing.T) {
 	before := descriptors(t)
 	diag.mu.Lock()
 	// An answer to a question of somebody before us is waiting in the socket.
-	request := diagRequest(diag.seq+100, netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:2"))
+	request := diagRequest(unix.IPPROTO_TCP, diag.seq+100, netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:2"))
 	_, err := unix.Write(diag.fd, request[:])
 	diag.mu.Unlock()
 	if err != nil {

@@ -20,3 +20,7 @@ func tcpPeer(*net.TCPConn, netip.AddrPort, netip.AddrPort) (Cred, error) {
 func tcpListenerOwnedBy(*net.TCPConn, netip.AddrPort, netip.AddrPort, []int) error {
 	return ErrUnsupported
 }
+
+func udpPeer(netip.AddrPort, netip.AddrPort) (Cred, error) { return Cred{}, ErrUnsupported }
+
+func udpOwnedBy(netip.AddrPort, []int) error { return ErrUnsupported }

@@ -41,7 +41,7 @@ func connectedState(state uint8) bool {
 	return false
 }
 
-// A diagSocket is what the kernel says of one TCP socket.
+// A diagSocket is what the kernel says of one socket.
 type diagSocket struct {
 	local, remote netip.AddrPort // IPv4-mapped addresses as IPv4
 	state         uint8
@@ -67,6 +67,17 @@ type diagClient struct {
 // them the listener that a connection to local would reach. The error wraps
 // unix.ENOENT if there is neither.
 func (c *diagClient) lookup(local, remote netip.AddrPort) (diagSocket, error) {
+	return c.find(unix.IPPROTO_TCP, local, remote)
+}
+
+// lookupUDP finds the socket that a datagram from remote to local would reach.
+func (c *diagClient) lookupUDP(local, remote netip.AddrPort) (diagSocket, error) {
+	// The kernel takes source and destination of a look-up as those of the datagram,
+	// which for TCP it takes as those of the socket.
+	return c.find(unix.IPPROTO_UDP, remote, local)
+}
+
+func (c *diagClient) find(protocol uint8, local, remote netip.AddrPort) (diagSocket, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.fd < 0 {
@@ -76,7 +87,7 @@ func (c *diagClient) lookup(local, remote netip.AddrPort) (diagSocket, error) {
 			return diagSocket{}, fmt.Errorf("%w: %w", ErrUnsupported, err)
 		}
 	}
-	sock, err := c.exchange(local, remote)
+	sock, err := c.exchange(protocol, local, remote)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		// Whatever is left in the socket must not answer the next question.
 		unix.Close(c.fd)
@@ -108,9 +119,9 @@ func (c *diagClient) open() error {
 	return nil
 }
 
-func (c *diagClient) exchange(local, remote netip.AddrPort) (diagSocket, error) {
+func (c *diagClient) exchange(protocol uint8, local, remote netip.AddrPort) (diagSocket, error) {
 	c.seq++
-	request := diagRequest(c.seq, local, remote)
+	request := diagRequest(protocol, c.seq, local, remote)
 	if _, err := retry(func() (int, error) { return unix.Write(c.fd, request[:]) }); err != nil {
 		return diagSocket{}, os.NewSyscallError("write to NETLINK_SOCK_DIAG", err)
 	}
@@ -129,7 +140,7 @@ func retry(f func() (int, error)) (int, error) {
 	}
 }
 
-func diagRequest(seq uint32, local, remote netip.AddrPort) (b [requestLen]byte) {
+func diagRequest(protocol uint8, seq uint32, local, remote netip.AddrPort) (b [requestLen]byte) {
 	native := binary.NativeEndian
 	native.PutUint32(b[0:], requestLen)
 	native.PutUint16(b[4:], unix.SOCK_DIAG_BY_FAMILY)
@@ -139,7 +150,7 @@ func diagRequest(seq uint32, local, remote netip.AddrPort) (b [requestLen]byte) 
 	if local.Addr().Is4() {
 		b[16] = unix.AF_INET
 	}
-	b[17] = unix.IPPROTO_TCP
+	b[17] = protocol
 	native.PutUint32(b[20:], ^uint32(0)) // any state
 	id := b[24:]
 	binary.BigEndian.PutUint16(id[0:], local.Port())

@@ -14,11 +14,12 @@ import (
 // value is ready; a Meter must not be copied. Its methods may be called from
 // any goroutine.
 type Meter struct {
-	mu     sync.Mutex
-	open   map[*Conn]struct{}
-	closed ptipc.TransportStats // the connections that are closed; Active is unused
-	empty  chan struct{}        // closed when open becomes empty; nil while nobody waits
-	ended  bool                 // the transport is closed
+	mu      sync.Mutex
+	open    map[*Conn]struct{}
+	packets map[*PacketConn]struct{}
+	closed  ptipc.TransportStats // the connections that are closed; Active is unused
+	empty   chan struct{}        // closed when open becomes empty; nil while nobody waits
+	ended   bool                 // the transport is closed
 }
 
 // Conn makes raw a [Conn] of this meter, which owns it from then on. It counts
@@ -39,9 +40,14 @@ func (m *Meter) remove(c *Conn) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.open, c)
-	m.closed.Received += c.received.Load()
-	m.closed.Sent += c.sent.Load()
-	if len(m.open) == 0 && m.empty != nil {
+	m.removed(c.received.Load(), c.sent.Load())
+}
+
+// removed counts what a closed connection has carried. m.mu is held.
+func (m *Meter) removed(received, sent uint64) {
+	m.closed.Received += received
+	m.closed.Sent += sent
+	if len(m.open)+len(m.packets) == 0 && m.empty != nil {
 		close(m.empty)
 		m.empty = nil
 	}
@@ -72,8 +78,12 @@ func (m *Meter) Stats() ptipc.TransportStats {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.closed
-	s.Active = uint64(len(m.open))
+	s.Active = uint64(len(m.open) + len(m.packets))
 	for c := range m.open {
+		s.Received += c.received.Load()
+		s.Sent += c.sent.Load()
+	}
+	for c := range m.packets {
 		s.Received += c.received.Load()
 		s.Sent += c.sent.Load()
 	}
@@ -96,7 +106,7 @@ func (m *Meter) Conns() []*Conn {
 // stop accepting and dialling before.
 func (m *Meter) Drain(ctx context.Context) error {
 	m.mu.Lock()
-	if len(m.open) == 0 {
+	if len(m.open)+len(m.packets) == 0 {
 		m.mu.Unlock()
 		return nil
 	}
@@ -111,9 +121,12 @@ func (m *Meter) Drain(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 	}
-	left := m.Conns()
+	left, packets := m.Conns(), m.packetConns()
 	for _, c := range left {
 		_ = c.Abort() // there is nobody to tell
 	}
-	return fmt.Errorf("relay: %d connections were cut: %w", len(left), context.Cause(ctx))
+	for _, c := range packets {
+		_ = c.Close()
+	}
+	return fmt.Errorf("relay: %d connections were cut: %w", len(left)+len(packets), context.Cause(ctx))
 }

@@ -6,12 +6,16 @@ import (
 	"strings"
 )
 
-// The ARGS keys that have a meaning (LINE-6, SRV-2).
+// The ARGS keys that have a meaning (LINE-6, SRV-2, PKT-3).
 const (
 	ArgBound = "bound" // bound=1: the factory is bound
 	ArgStats = "stats" // stats=1: the child answers STATS
 	ArgProxy = "proxy" // proxy=1: the server connects its clients itself
 	ArgEnds  = "ends"  // ends=1: the child marks the ends of streams
+
+	ArgUsername = "username" // the credentials of a packet factory
+	ArgPassword = "password"
+	ArgRealm    = "realm"
 )
 
 // Args are the ARGS of a CMETHOD or SMETHOD line in their order. Keys that nobody knows are
@@ -37,6 +41,15 @@ func (a Args) Stats() bool { v, _ := a.Get(ArgStats); return v == "1" }
 // Proxy reports whether the server connects its clients itself; otherwise it hands
 // their connections over (SRV-2).
 func (a Args) Proxy() bool { v, _ := a.Get(ArgProxy); return v == "1" }
+
+// TURN returns the credentials of a packet factory, which are secrets (PKT-4). ok says
+// that all of them are there.
+func (a Args) TURN() (username, password, realm string, ok bool) {
+	username, _ = a.Get(ArgUsername)
+	password, _ = a.Get(ArgPassword)
+	realm, _ = a.Get(ArgRealm)
+	return username, password, realm, username != "" && password != "" && realm != ""
+}
 
 // Ends reports whether the child marks the ends of streams (SOCKS-20).
 func (a Args) Ends() bool { v, _ := a.Get(ArgEnds); return v == "1" }

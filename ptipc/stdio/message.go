@@ -20,8 +20,11 @@ const MaxLine = 65536
 // skipped it whole and goes on with the next one (LINE-1).
 var ErrTooLong = errors.New("the control line is longer than 65,536 bytes")
 
-// ProtocolSOCKS5 is the only PROTOCOL of a CMETHOD line (LINE-4).
-const ProtocolSOCKS5 = "socks5"
+// The PROTOCOLs of a CMETHOD line (LINE-4).
+const (
+	ProtocolSOCKS5 = "socks5" // for streams
+	ProtocolTURN   = "turn"   // for datagrams (PKT-3)
+)
 
 // A Message is one control line. The types of this package are its only
 // implementations.
@@ -49,7 +52,7 @@ type EnvError struct{ Text string }
 // protocol that it does not speak, and passes Addr to [localnet.ParseAddr].
 type CMethod struct {
 	Name     string // of the connection factory; see ValidName
-	Protocol string // ProtocolSOCKS5
+	Protocol string // ProtocolSOCKS5 or ProtocolTURN
 	Addr     string // loopback ip:port or unix:NAME (LINE-5)
 	Args     Args   // LINE-6
 }
@@ -217,11 +220,20 @@ func (m CMethod) appendTo(dst []byte) ([]byte, error) {
 	if err := checkName(m.Name); err != nil {
 		return nil, err
 	}
-	if m.Protocol != ProtocolSOCKS5 {
-		return nil, fmt.Errorf("the protocol is %q; LINE-4 has only %s", m.Protocol, ProtocolSOCKS5)
+	if m.Protocol != ProtocolSOCKS5 && m.Protocol != ProtocolTURN {
+		return nil, fmt.Errorf("the protocol is %q; LINE-4 has only %s and %s", m.Protocol, ProtocolSOCKS5, ProtocolTURN)
 	}
-	if _, err := localnet.ParseAddr(m.Addr); err != nil {
+	addr, err := localnet.ParseAddr(m.Addr)
+	if err != nil {
 		return nil, fmt.Errorf("%w (LINE-5)", err)
+	}
+	if m.Protocol == ProtocolTURN {
+		if addr.Unix() {
+			return nil, fmt.Errorf("the address of a packet factory is %s, and has to be that of a UDP socket (PKT-3)", m.Addr)
+		}
+		if _, _, _, ok := m.Args.TURN(); !ok {
+			return nil, errors.New("a packet factory needs username, password and realm in its ARGS (PKT-3)")
+		}
 	}
 	dst = fmt.Appendf(dst, "CMETHOD %s %s %s", m.Name, m.Protocol, m.Addr)
 	return m.Args.appendTo(dst)

@@ -24,6 +24,8 @@ var packages = map[string]string{
 	"proxychains4": "proxychains4",
 	"ip":           "iproute2",
 	"nft":          "nftables",
+	"dig":          "bind9-dnsutils",
+	"unshare":      "util-linux",
 	"tor-gencert":  "tor",
 }
 

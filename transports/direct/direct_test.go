@@ -191,3 +191,57 @@ func TestClose(t *testing.T) {
 		t.Error("the connection goes on:", err)
 	}
 }
+
+// A datagram goes out and its answer comes back, whole up to what UDP carries.
+func TestPackets(t *testing.T) {
+	conn, err := open(t, ptipc.Env{}).Packets["direct"](t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	peer, err := net.ListenPacket("udp", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	for _, size := range []int{0, 1, 1500, 9000} {
+		if _, err := conn.WriteTo(make([]byte, size), peer.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1<<16)
+		n, from, err := peer.ReadFrom(buf)
+		if err != nil || n != size {
+			t.Fatalf("%d bytes of %d: %v", n, size, err)
+		}
+		if _, err := peer.WriteTo(buf[:n], from); err != nil {
+			t.Fatal(err)
+		}
+		if n, from, err := conn.ReadFrom(buf); err != nil || n != size || from.String() != peer.LocalAddr().String() {
+			t.Errorf("%d bytes of %d from %v: %v", n, size, from, err)
+		}
+	}
+}
+
+// PROXY-4: under a proxy for streams there are no datagrams; a way out for both serves both.
+func TestPacketsUnderProxy(t *testing.T) {
+	proxied := ptipc.Env{DialOut: func(context.Context, string, string) (net.Conn, error) { return nil, syscall.ECONNREFUSED }}
+	if packets := open(t, proxied).Packets; len(packets) != 0 {
+		t.Errorf("datagrams go around the proxy: %v", packets)
+	}
+	if conn, err := proxied.ListenPacket(t.Context(), ""); !errors.Is(err, ptipc.ErrNotAllowed) || ptipc.ExitCodeOf(err) != ptipc.ExitUnavailable {
+		t.Errorf("%v, %v", conn, err)
+	}
+	used := false
+	proxied.PacketsOut = func(ctx context.Context, local string) (net.PacketConn, error) {
+		used = true
+		return ptipc.Env{}.ListenPacket(ctx, local)
+	}
+	conn, err := open(t, proxied).Packets["direct"](t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if !used {
+		t.Error("the way out was not used")
+	}
+}

@@ -19,7 +19,7 @@ import (
 )
 
 // Groups are the names that [Config].Only takes, in the order of the report.
-var Groups = []string{"bulk", "dial", "rtt", "idle", "spawn"}
+var Groups = []string{"bulk", "dial", "rtt", "idle", "spawn", "packets"}
 
 // A Config says what is measured and for how long.
 type Config struct {
@@ -34,6 +34,9 @@ type Config struct {
 	// Listen is where the far end listens, which a bound transport has to lead to.
 	// "" is a port of the loopback.
 	Listen string
+	// PacketsTo is where the child sends datagrams, "" for the far end itself. A transport
+	// whose datagrams another one has to understand leads to the far end from there.
+	PacketsTo string
 	// Duration is how long each figure is measured in each round, Rounds how often.
 	Duration time.Duration
 	Rounds   int
@@ -53,6 +56,7 @@ type bench struct {
 	report     Report
 	far        string // address of the far end, as free transports dial it
 	microsocks string // its path, or ""
+	packetName string // of the packet factory; "" for none
 	dir        string // of the relay's unix socket; "" if the child has none either
 }
 
@@ -90,7 +94,11 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	for _, group := range []struct {
 		name    string
 		measure func(ctx context.Context) error
-	}{{"bulk", b.bulk}, {"dial", b.dials}, {"rtt", b.roundTrips}, {"idle", b.idle}, {"spawn", b.spawns}} {
+	}{{"bulk", b.bulk}, {"dial", b.dials}, {"rtt", b.roundTrips}, {"idle", b.idle}, {"spawn", b.spawns}, {"packets", b.packets}} {
+		if b.report.ConnectionFactory == "" && group.name != "packets" {
+			b.note("the transport carries no streams, and packets alone are measured")
+			continue
+		}
 		if len(c.Only) > 0 && !slices.Contains(c.Only, group.name) {
 			continue
 		}
@@ -129,6 +137,10 @@ func (b *bench) tryOut(ctx context.Context) (addr string, err error) {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, c.Transport.Close()) }()
+	b.packetName = c.Packets
+	if c.Name == "" {
+		return "", nil
+	}
 	factory := c.Transport.Connections[c.Name]
 	b.report.ConnectionFactory, b.report.Bound = c.Name, factory.Bound
 	if factory.Bound && b.config.Listen == "" {

@@ -149,7 +149,7 @@ func TestReportText(t *testing.T) {
 		"rate child 2.00 more",
 		"",
 		"child the transport, through ConnectionFactory.Dial",
-		"relay bare Go relay: io.Copy, which splices",
+		"relay bare Go relay: io.Copy, which splices; for packets one at a time",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
@@ -160,14 +160,18 @@ func TestReportText(t *testing.T) {
 func bound(addr string) func(context.Context) (*Child, error) {
 	return func(context.Context) (*Child, error) {
 		var meter relay.Meter
-		return &Child{Name: "b", Pid: os.Getpid(), Transport: meter.Transport(map[string]ptipc.ConnectionFactory{
+		c := &Child{Name: "b", Packets: "p", Pid: os.Getpid(), Transport: meter.Transport(map[string]ptipc.ConnectionFactory{
 			"b": meter.Factory(true, func(ctx context.Context, _ ptipc.Opaque, dest string) (net.Conn, error) {
 				if dest != "" {
 					return nil, errors.New("a destination was given")
 				}
 				return ptipc.Env{}.Dial(ctx, "tcp", addr)
 			}),
-		}, nil)}, nil
+		}, nil)}
+		c.Transport.Packets = map[string]ptipc.PacketFactory{"p": meter.Packets(func(ctx context.Context) (net.PacketConn, error) {
+			return ptipc.Env{}.ListenPacket(ctx, "")
+		})}
+		return c, nil
 	}
 }
 

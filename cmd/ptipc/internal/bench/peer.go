@@ -37,6 +37,9 @@ const bulkBuffer = 256 << 10
 // [Config].Peer. args are what follows it. It writes the address that it listens
 // on to stdout, and returns when stdin ends.
 func RunPeer(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer) error {
+	if len(args) == 2 && (args[0] == rolePacketFar || args[0] == rolePacketRelay) {
+		return runPacketPeer(ctx, args[0], args[1], stdin, stdout)
+	}
 	listen, dir, serve := "127.0.0.1:0", "", serveSOCKS5
 	switch {
 	case len(args) == 2 && args[0] == roleFar:

@@ -41,7 +41,8 @@ func (i *instance) column() string { return i.ways[0].column }
 // A Child is a transport's child process that runs.
 type Child struct {
 	Transport *ptipc.Transport
-	Name      string // of the connection factory that is measured
+	Name      string // of the connection factory that is measured; "" if there is none
+	Packets   string // of the packet factory that is measured; "" if there is none
 	Pid       int
 	Dir       string // the state directory, where its unix sockets are
 	Addr      string // that was announced for the connection factory; "" if it is not known

@@ -26,7 +26,7 @@ var abouts = []struct{ column, short, about string }{
 	{ChildDial, "child", "the transport, through ConnectionFactory.Dial"},
 	{ChildWire, "wire", "the transport, by a bare client on its socket, with settings {} or those given"},
 	{Direct, "direct", "no relay"},
-	{Relay, "relay", "bare Go relay: io.Copy, which splices"},
+	{Relay, "relay", "bare Go relay: io.Copy, which splices; for packets one at a time"},
 	{RelayUnix, "relay-ux", "the same, reached by a unix socket as the transport is"},
 	{SOCKS5, "socks5", "minimal Go SOCKS5 server without settings, ordinary client"},
 	{SOCKS5OneWrite, "socks5-1w", "the same server, greeting and request in one write"},
@@ -137,7 +137,11 @@ func (r *Report) WriteText(w io.Writer) error {
 	if r.Bound {
 		kind = "bound"
 	}
-	fmt.Fprintf(&b, "%s, connection factory %s, %s\n", r.Transport, r.ConnectionFactory, kind)
+	if r.ConnectionFactory == "" {
+		fmt.Fprintf(&b, "%s, datagrams alone\n", r.Transport)
+	} else {
+		fmt.Fprintf(&b, "%s, connection factory %s, %s\n", r.Transport, r.ConnectionFactory, kind)
+	}
 	fmt.Fprintf(&b, "%s %s %s, %d CPUs, %s\n", r.Machine.OS, r.Machine.Kernel, r.Machine.Arch, r.Machine.CPUs, r.Machine.Go)
 	fmt.Fprintf(&b, "%s\n", r.Network)
 	fmt.Fprintf(&b, "%d rounds of %gs for each figure, in turns; what counts are the ratios\n", r.Rounds, r.Seconds)

@@ -76,13 +76,15 @@ type Restart struct {
 
 // A Front is where ordinary programs connect.
 type Front struct {
-	Listen     string       `json:"listen"`               // tcp://IP:PORT or unix:///PATH
+	Listen     string       `json:"listen"`               // tcp://IP:PORT, unix:///PATH or, for datagrams, udp://IP:PORT
 	Serve      string       `json:"serve"`                // socks5 or forward
 	Transport  string       `json:"transport,omitempty"`  // a key of transports
 	Via        []string     `json:"via,omitempty"`        // in its place: adapters, the last entry a key of transports
 	Connection string       `json:"connection,omitempty"` // connection factory name; may be left out when there is one
 	Settings   ptipc.Opaque `json:"settings,omitempty"`   // connection settings
 	Dest       string       `json:"dest,omitempty"`       // where a forward through a free transport goes
+	Idle       Duration     `json:"idle,omitempty"`       // of datagrams: how long a silent session lives
+	Sessions   int          `json:"sessions,omitempty"`   // of datagrams: how many there may be
 }
 
 // A Duration is written as 500ms, 10s or 2m.
@@ -398,6 +400,16 @@ func (f *Front) Validate() error {
 	if f.Serve == "socks5" && f.Dest != "" {
 		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "has no meaning for a SOCKS5 proxy, whose clients name their destinations", Remedy: `remove it, or write "serve": "forward"`}
 	}
+	if f.Packets() {
+		return f.validatePackets()
+	}
+	if f.Idle != 0 || f.Sessions != 0 {
+		at := "/idle"
+		if f.Idle == 0 {
+			at = "/sessions"
+		}
+		return &ptipc.ConfigError{Pointer: at, Problem: "belongs to a front for datagrams", Remedy: "remove it, or listen on udp://127.0.0.1:PORT"}
+	}
 	if f.Dest != "" {
 		if !destination(f.Dest) {
 			return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "is not a destination", Remedy: "write HOST:PORT"}
@@ -406,11 +418,34 @@ func (f *Front) Validate() error {
 	return f.validateListen()
 }
 
+// Packets reports whether the front is for datagrams.
+func (f *Front) Packets() bool { return strings.HasPrefix(f.Listen, "udp://") }
+
+// validatePackets checks what a front for datagrams may have (PKT-9).
+func (f *Front) validatePackets() error {
+	if f.Serve != "forward" {
+		return &ptipc.ConfigError{Pointer: "/serve", Value: strconv.Quote(f.Serve), Problem: "cannot be had over datagrams", Remedy: `write "serve": "forward"; a socks5 front on tcp:// takes datagrams by UDP ASSOCIATE`}
+	}
+	if len(f.Via) > 0 {
+		return &ptipc.ConfigError{Pointer: "/via", Problem: "carries streams, and this front has datagrams", Remedy: `name the transport with "transport"`}
+	}
+	if !f.Settings.Empty() {
+		return &ptipc.ConfigError{Pointer: "/settings", Problem: "belong to streams, and this front has datagrams", Remedy: "remove them"}
+	}
+	if dest, err := netip.ParseAddrPort(f.Dest); err != nil || dest.Port() == 0 || dest.Addr().IsUnspecified() { // PKT-1
+		return &ptipc.ConfigError{Pointer: "/dest", Value: strconv.Quote(f.Dest), Problem: "is not an address for datagrams, which are never sent to names", Remedy: "write IP:PORT"}
+	}
+	if f.Sessions < 0 {
+		return &ptipc.ConfigError{Pointer: "/sessions", Value: strconv.Itoa(f.Sessions), Problem: "is negative", Remedy: "give the number of sessions that there may be"}
+	}
+	return f.validateListen()
+}
+
 func (f *Front) validateListen() error {
-	bad := &ptipc.ConfigError{Pointer: "/listen", Value: strconv.Quote(f.Listen), Problem: "is not an address to listen on", Remedy: "write tcp://127.0.0.1:PORT or unix:///PATH"}
+	bad := &ptipc.ConfigError{Pointer: "/listen", Value: strconv.Quote(f.Listen), Problem: "is not an address to listen on", Remedy: "write tcp://127.0.0.1:PORT, udp://127.0.0.1:PORT or unix:///PATH"}
 	scheme, rest, _ := strings.Cut(f.Listen, "://")
 	switch scheme {
-	case "tcp":
+	case "tcp", "udp":
 		addr, err := netip.ParseAddrPort(rest)
 		if err != nil {
 			return bad

@@ -49,6 +49,10 @@ func via(path string) string {
 	return strings.Replace(front(""), `"transport":"a"`, `"via":[`+path+`]`, 1)
 }
 
+func datagrams(keys string) string {
+	return strings.Replace(strings.Replace(front(keys), "tcp://", "udp://", 1), "socks5", "forward", 1)
+}
+
 func operator(keys string) string { return `{"transports":{"a":{"exec":"x"}},` + keys + `}` }
 
 // Each fault is found at its place. What the schema can say it says as well;
@@ -94,7 +98,17 @@ func TestFaults(t *testing.T) {
 		{"dialect and a server's proxy", dialect(`,"role":"server","deliver":"tcp://a:1","proxy":"socks5://127.0.0.1:1"`), "/transports/a/proxy", "server", false},
 		{"dialect and no service", dialect(`,"role":"server"`), "/transports/a/deliver", "hands its connections over", false},
 		{"front listen", front(`,"listen":"x"`), "/fronts/0/listen", "twice", true},
-		{"listen scheme", strings.Replace(front(""), "tcp://127.0.0.1:1", "udp://127.0.0.1:1", 1), "/fronts/0/listen", "tcp://127.0.0.1:PORT", true},
+		{"listen scheme", strings.Replace(front(""), "tcp://127.0.0.1:1", "sctp://127.0.0.1:1", 1), "/fronts/0/listen", "tcp://127.0.0.1:PORT", true},
+		{"datagrams for socks5", strings.Replace(front(""), "tcp://127.0.0.1:1", "udp://127.0.0.1:1", 1), "/fronts/0/serve", "UDP ASSOCIATE", true},
+		{"datagrams to nowhere", datagrams(""), "/fronts/0/dest", "IP:PORT", true},
+		{"datagrams to a name", datagrams(`,"dest":"localhost:53"`), "/fronts/0/dest", "never sent to names", false},
+		{"datagrams to port 0", datagrams(`,"dest":"127.0.0.1:0"`), "/fronts/0/dest", "IP:PORT", false},
+		{"datagrams with settings", datagrams(`,"dest":"127.0.0.1:53","settings":{"a":1}`), "/fronts/0/settings", "streams", true},
+		{"datagrams via", strings.Replace(datagrams(`,"dest":"127.0.0.1:53"`), `"transport":"a"`, `"via":["free","a"]`, 1), "/fronts/0/via", "streams", true},
+		{"datagrams public", strings.Replace(datagrams(`,"dest":"127.0.0.1:53"`), "//127.0.0.1:1", "//0.0.0.0:1", 1), "/fronts/0/listen", "other machines", true},
+		{"negative sessions", datagrams(`,"dest":"127.0.0.1:53","sessions":-1`), "/fronts/0/sessions", "negative", true},
+		{"idle of streams", front(`,"idle":"1s"`), "/fronts/0/idle", "datagrams", true},
+		{"sessions of streams", front(`,"sessions":1`), "/fronts/0/sessions", "datagrams", true},
 		{"listen public", strings.Replace(front(""), "127.0.0.1:1", "0.0.0.0:1", 1), "/fronts/0/listen", "other machines", true},
 		{"listen name", strings.Replace(front(""), "127.0.0.1:1", "localhost:1", 1), "/fronts/0/listen", "tcp://", true},
 		{"listen unix", strings.Replace(front(""), "tcp://127.0.0.1:1", "unix://", 1), "/fronts/0/listen", "unix:///PATH", true},
@@ -180,7 +194,8 @@ const full = `{
   "metrics": "tcp://192.0.2.1:9100",
   "fronts": [
     {"listen": "tcp://[::1]:1080", "serve": "socks5", "transport": "a", "connection": "x", "settings": {"s": true}},
-    {"listen": "unix://run/x.sock", "serve": "forward", "transport": "b", "dest": "example.com:22"}
+    {"listen": "unix://run/x.sock", "serve": "forward", "transport": "b", "dest": "example.com:22"},
+    {"listen": "udp://127.0.0.1:5353", "serve": "forward", "transport": "a", "connection": "x", "dest": "192.0.2.1:53", "idle": "30s", "sessions": 100}
   ]
 }`
 
@@ -242,6 +257,8 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(full))
 	f.Add([]byte(base("")))
 	f.Add([]byte(front(`,"dest":"a:1"`)))
+	f.Add([]byte(datagrams(`,"dest":"192.0.2.1:53","idle":"1s","sessions":1,"settings":{},"via":[]`)))
+	f.Add([]byte(front(`,"sessions":0`)))
 	document, err := jsonschema.UnmarshalJSON(bytes.NewReader(spec.HostSchema))
 	if err != nil {
 		f.Fatal(err)
