@@ -3,7 +3,6 @@
 package turn
 
 import (
-	"net"
 	"runtime"
 	"testing"
 )
@@ -17,7 +16,7 @@ func TestNoAllocations(t *testing.T) {
 	go func() { defer close(done); echo(newSocket(peer, false)) }()
 	defer func() { _ = peer.Close(); <-done }()
 	patient(t, conn)
-	var to net.Addr = peer.LocalAddr()
+	to := peer.LocalAddr()
 	payload, buf := make([]byte, 1200), make([]byte, MaxPayload)
 	run := func(count int) {
 		t.Helper()

@@ -18,6 +18,7 @@ const (
 
 	openTimeout   = 30 * time.Second // for Server.Packets
 	allowInterval = time.Second      // before Server.Allow is asked again about one client
+	warnInterval  = time.Second      // before a stranger is in the log again
 
 	// For one allocation. A client has no more channels than there are numbers.
 	maxPermissions = 4096
@@ -47,6 +48,7 @@ type guard struct {
 	last    *allocation   // who sent the datagram before
 	sending []*allocation // with packets that wait for flush
 	now     time.Time
+	warned  time.Time // of a stranger
 	msg     message
 	request request
 }
@@ -198,7 +200,8 @@ func (g *guard) handle(p *packet, b []byte) int {
 // allowed asks about a client (TURN-3).
 func (g *guard) allowed(client netip.AddrPort) bool {
 	err := g.server.Allow(net.UDPAddrFromAddrPort(client))
-	if err != nil {
+	if err != nil && g.now.Sub(g.warned) >= warnInterval {
+		g.warned = g.now
 		g.server.log.Warn("turn: a stranger was refused", "client", client, "error", err)
 	}
 	return err == nil

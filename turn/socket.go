@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 )
 
 const (
@@ -116,6 +117,10 @@ func growBuffers(c net.PacketConn) {
 	}
 }
 
+// errTooLong is what Windows calls a datagram that does not fit (WSAEMSGSIZE). Other
+// systems cut it and say nothing.
+const errTooLong = syscall.Errno(10040)
+
 // A plainSocket is any net.PacketConn, one datagram at a time.
 type plainSocket struct {
 	net.PacketConn
@@ -134,6 +139,9 @@ func (s *plainSocket) receive() (*batch, error) {
 		if a, ok := addr.(*net.UDPAddr); ok && a != nil {
 			from = a.AddrPort()
 		}
+	}
+	if errors.Is(err, errTooLong) {
+		n, err = maxDatagram, nil
 	}
 	if err != nil {
 		b.release()

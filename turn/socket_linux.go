@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -279,9 +280,9 @@ func (s *udpSocket) send(b *batch) (failed, lost int, err error) {
 
 // learn takes that datagrams of this size cannot be segmented here.
 func (s *udpSocket) learn(errno syscall.Errno, size int) {
-	if errno == unix.EINVAL || errno == unix.EMSGSIZE { // more than the network takes without fragmenting
+	if slices.Contains([]syscall.Errno{unix.EINVAL, unix.EMSGSIZE}, errno) { // more than the network takes without fragmenting
 		s.segment.Store(int64(size - 1))
-	} else if errno == unix.EIO || errno == unix.EOPNOTSUPP || errno == unix.ENOPROTOOPT { // not by this network
+	} else if slices.Contains([]syscall.Errno{unix.EIO, unix.EOPNOTSUPP, unix.ENOPROTOOPT}, errno) { // not by this network
 		s.segment.Store(0)
 	}
 }
