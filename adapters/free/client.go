@@ -22,28 +22,45 @@ const answerTimeout = time.Minute
 // streams, without headers and answers.
 //
 // A transport with a factory that is free already is refused.
-func Client(open ptipc.TransportFactory) ptipc.TransportFactory {
+func Client(open ptipc.TransportFactory) ptipc.TransportFactory { return client(open, false) }
+
+// Mux is [Client] with many streams on one carrier (FREE-15): a stream costs one
+// round trip and no handshake of the carrier's. A few carriers are kept for streams
+// with the same settings, and closed a minute after the last; streams that move bulk
+// have others moved out of their way. Where the far end takes one stream for each
+// carrier, so does Mux.
+func Mux(open ptipc.TransportFactory) ptipc.TransportFactory { return client(open, true) }
+
+func client(open ptipc.TransportFactory, many bool) ptipc.TransportFactory {
 	return func(ctx context.Context, config ptipc.Opaque, env ptipc.Env) (*ptipc.Transport, error) {
 		inner, err := open(ctx, config, env)
 		if err != nil {
 			return nil, err
 		}
 		meter := new(relay.Meter)
+		closeAll := inner.Close
 		connections := make(map[string]ptipc.ConnectionFactory, len(inner.Connections))
 		for name, factory := range inner.Connections {
 			if !factory.Bound {
 				err := fmt.Errorf("free: connection factory %q is free already: leave the adapter out: %w", name, ptipc.ExitConfig)
 				return nil, errors.Join(err, inner.Close())
 			}
-			connections[name] = meter.Factory(false, func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
+			dialStream := func(ctx context.Context, settings ptipc.Opaque, dest string) (net.Conn, error) {
 				return dial(ctx, factory, settings, dest)
-			})
+			}
+			if many {
+				m := newMux(factory)
+				dialStream = m.dial
+				below := closeAll
+				closeAll = func() error { return m.close(below) }
+			}
+			connections[name] = meter.Factory(false, dialStream)
 		}
 		return &ptipc.Transport{
 			Connections: connections,
 			Stats:       func(context.Context) (ptipc.TransportStats, error) { return meter.Stats(), nil },
 			Wait:        inner.Wait,
-			Close:       inner.Close,
+			Close:       closeAll,
 		}, nil
 	}
 }

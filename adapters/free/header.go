@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	version = 1 // FREE-1; others are for carriers of more than one stream (FREE-2)
+	version = 1 // FREE-1; see versionMany
 
 	prefixSize = 3    // version and length
 	maxLength  = 4096 // what the length may say (FREE-3)
@@ -80,6 +80,9 @@ func checkName(name string) error {
 // there is nobody to answer.
 var errSilent = errors.New("no whole header has come")
 
+// errMany says that the carrier is one of many streams: its greeting has been read.
+var errMany = errors.New("a carrier of many streams")
+
 // readHeader reads one header, and not a byte more (FREE-9), and returns the
 // destination. The class of its error is the answer, if it is not errSilent.
 func readHeader(r io.Reader) (dest string, err error) {
@@ -87,7 +90,7 @@ func readHeader(r io.Reader) (dest string, err error) {
 	if err := readFull(r, prefix[:]); err != nil {
 		return "", err
 	}
-	if prefix[0] != version { // FREE-2
+	if prefix[0] != version && prefix[0] != versionMany { // FREE-2
 		return "", fmt.Errorf("the header is of version %d, not %d: %w", prefix[0], version, ptipc.ErrCommand)
 	}
 	length := binary.BigEndian.Uint16(prefix[1:])
@@ -97,6 +100,9 @@ func readHeader(r io.Reader) (dest string, err error) {
 	body := make([]byte, length)
 	if err := readFull(r, body); err != nil {
 		return "", err
+	}
+	if prefix[0] == versionMany {
+		return "", errMany // what a later version may say in the body is not for us (FREE-16)
 	}
 	return parseBody(body)
 }
@@ -172,14 +178,19 @@ func readAnswer(r io.Reader) error {
 		}
 		return fmt.Errorf("free: no whole answer from the far end: %w", err)
 	}
-	class := ptipc.Class(answer[1])
-	switch {
-	case answer[0] != version: // FREE-8
+	if answer[0] != version { // FREE-8
 		return fmt.Errorf("free: the far end answers in version %d, it is no free server: %w", answer[0], ptipc.ErrGeneral)
+	}
+	return refusal(ptipc.Class(answer[1]))
+}
+
+// refusal is the error of an answer; nil is success.
+func refusal(class ptipc.Class) error {
+	switch {
 	case class == 0:
 		return nil
 	case !class.Known(): // FREE-8
-		return fmt.Errorf("free: the far end refused for an unknown reason, 0x%02x: %w", answer[1], ptipc.ErrGeneral)
+		return fmt.Errorf("free: the far end refused for an unknown reason, 0x%02x: %w", byte(class), ptipc.ErrGeneral)
 	}
 	return fmt.Errorf("free: the far end refused: %w", class)
 }

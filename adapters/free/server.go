@@ -37,7 +37,7 @@ const (
 )
 
 var (
-	errClosed = errors.New("the server was closed")
+	errClosed = errors.New("it was closed")
 	errHungUp = errors.New("the client hung up during the dial")
 )
 
@@ -127,6 +127,7 @@ func serve(listener ptipc.Listener, dial dialFunc, log *slog.Logger, drain time.
 		drain:    drain,
 		slots:    make(chan struct{}, maxStreams),
 		ended:    make(chan struct{}),
+		windows:  newBudget(extraWindow),
 	}
 	s.closing, s.stop = context.WithCancelCause(context.Background())
 	s.relays, s.cut = context.WithCancelCause(context.Background())
@@ -148,6 +149,7 @@ type server struct {
 	failed  atomic.Uint64
 	slots   chan struct{} // one for each stream
 	streams sync.WaitGroup
+	windows *budget
 
 	closing context.Context // ends with Close, and with it what does not relay yet
 	stop    context.CancelCauseFunc
@@ -247,6 +249,10 @@ func (s *server) carry(carrier net.Conn) {
 	stop := context.AfterFunc(s.closing, func() { _ = carrier.Close() })
 	defer stop()
 	wire, early, err := s.connect(carrier)
+	if errors.Is(err, errMany) && stop() {
+		s.carryMany(carrier)
+		return
+	}
 	if err == nil && !stop() {
 		_ = wire.Close()
 		err = errClosed
@@ -277,6 +283,58 @@ func (s *server) carry(carrier net.Conn) {
 	if err := relay.Join(ctx, carrier, out); err != nil {
 		s.log.Debug("a stream broke", "client", carrier.RemoteAddr(), "err", err)
 	}
+}
+
+// carryMany serves a carrier of many streams (FREE-15).
+func (s *server) carryMany(carrier net.Conn) {
+	_ = carrier.SetDeadline(time.Time{})
+	c := newSession(carrier, s.windows, []byte{versionMany, 0})
+	c.handlers = make(chan struct{}, maxPerCarrier)
+	c.accept = func(stream *muxStream, open []byte) { s.carryStream(stream, open) }
+	c.start()
+	stopClose := context.AfterFunc(s.closing, c.close)
+	stopCut := context.AfterFunc(s.relays, func() { c.abort(errClosed) })
+	c.work.Wait()
+	stopClose()
+	stopCut()
+	s.log.Debug("a carrier of many streams has ended", "client", carrier.RemoteAddr(), "err", c.err)
+}
+
+// carryStream connects one of many streams.
+func (s *server) carryStream(stream *muxStream, open []byte) {
+	var wire net.Conn
+	err := fmt.Errorf("there are %d streams already: %w", maxStreams, ptipc.ErrGeneral)
+	select {
+	case s.slots <- struct{}{}: // FREE-4
+		defer func() { <-s.slots }()
+		wire, err = s.connectStream(stream, open)
+	default:
+	}
+	if err != nil {
+		s.failed.Add(1)
+		s.log.Debug("refused a stream", "client", stream.RemoteAddr(), "err", err)
+		stream.respond(ptipc.ClassOf(err))
+		return
+	}
+	if !stream.respond(0) { // FREE-7
+		s.failed.Add(1)
+		_ = wire.Close()
+		return
+	}
+	if err := relay.Join(s.relays, stream, s.out.Conn(wire, relay.Options{})); err != nil {
+		s.log.Debug("a stream broke", "client", stream.RemoteAddr(), "err", err)
+	}
+}
+
+func (s *server) connectStream(stream *muxStream, open []byte) (net.Conn, error) {
+	dest, err := parseOpen(open)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(s.closing)
+	defer cancel(nil)
+	stream.watch(cancel)
+	return s.dial(ctx, "tcp", dest)
 }
 
 // answer writes the answer, and gives up before a server that closes would cut.

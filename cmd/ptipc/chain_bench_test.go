@@ -280,12 +280,12 @@ func startFar(b *testing.B) string {
 }
 
 // benchChain starts both ends.
-func benchChain(b *testing.B, scheme, far string) rig {
+func benchChain(b *testing.B, scheme, adapter, far string) rig {
 	b.Helper()
 	client, server := webSockets(b, scheme)
 	s := startServer(b, server, map[string]any{"via": []string{"free"}, "egress": map[string]any{"allow": []string{far}}})
-	c := startClient(b, client, map[string]any{"serve": "socks5", "via": []string{"free", "client"}})
-	return rig{"chain-" + scheme, []int{c.cmd.Process.Pid, s.cmd.Process.Pid}, dialSOCKS(c.front, nil, far)}
+	c := startClient(b, client, map[string]any{"serve": "socks5", "via": []string{adapter, "client"}})
+	return rig{adapter + "-" + scheme, []int{c.cmd.Process.Pid, s.cmd.Process.Pid}, dialSOCKS(c.front, nil, far)}
 }
 
 // Bulk data against websockify, which takes a WebSocket and connects it to a
@@ -316,7 +316,8 @@ func BenchmarkChainBulk(b *testing.B) {
 			delivered := startServer(b, server, map[string]any{"deliver": "tcp://" + far})
 			rigs := []rig{
 				{"server", []int{delivered.cmd.Process.Pid}, dialGorilla(client["url"].(string), message)},
-				benchChain(b, scheme, far),
+				benchChain(b, scheme, "free", far),
+				benchChain(b, scheme, "mux", far),
 				{"websockify", []int{peer.Process.Pid}, dialGorilla(scheme+"://"+addr+"/", message)},
 			}
 			b.Logf("congestion control is %s", bench.CongestionControl())
@@ -370,7 +371,7 @@ func BenchmarkChainEcho(b *testing.B) {
 func BenchmarkChainConnections(b *testing.B) {
 	obfs4proxy := testpeer.Need(b, "obfs4proxy")
 	far := startFar(b)
-	rigs := []rig{benchChain(b, "wss", far), benchChain(b, "ws", far), startObfs4(b, obfs4proxy, far)}
+	rigs := []rig{benchChain(b, "wss", "mux", far), benchChain(b, "wss", "free", far), benchChain(b, "ws", "free", far), startObfs4(b, obfs4proxy, far)}
 	for _, atOnce := range []int{1, 16} {
 		b.Run(fmt.Sprintf("%d-at-once", atOnce), func(b *testing.B) {
 			for b.Loop() {

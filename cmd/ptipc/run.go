@@ -138,7 +138,8 @@ type runner struct {
 
 type runningFront struct {
 	config.Front
-	server interface {
+	adapted *ptipc.Transport // what is under the front; nil under a delivery
+	server  interface {
 		Shutdown(ctx context.Context) error
 	}
 	listener interface{ Addr() net.Addr }
@@ -304,7 +305,7 @@ func (r *runner) startFront(f config.Front) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, ptipc.ExitUnavailable)
 	}
-	running := &runningFront{Front: f, server: server, listener: listener, ended: make(chan error, 1)}
+	running := &runningFront{Front: f, adapted: transport, server: server, listener: listener, ended: make(chan error, 1)}
 	r.fronts = append(r.fronts, running)
 	go func() { running.ended <- server.Serve(listener) }()
 	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), strings.Join(append(f.Adapters(), f.Through()), " over "))
@@ -405,6 +406,9 @@ func (r *runner) stop(ctx context.Context) error {
 		stopping.Go(func() {
 			if err := f.server.Shutdown(grace); err != nil {
 				r.opener.log.Info("connections were cut", "front", f.Listen, "err", err)
+			}
+			if f.adapted != nil && len(f.Adapters()) > 0 {
+				_ = f.adapted.Close() // the adapters' own; the transport's end is told below
 			}
 		})
 	}

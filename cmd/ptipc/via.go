@@ -26,8 +26,11 @@ func adapt(t *ptipc.Transport, adapters []string) (*ptipc.Transport, error) {
 		open := func(context.Context, ptipc.Opaque, ptipc.Env) (*ptipc.Transport, error) { return &below, nil }
 		dest, isBound := strings.CutPrefix(name, config.BoundPrefix)
 		adapter := free.Client(open)
-		if isBound {
+		switch {
+		case isBound:
 			adapter = bound.Client(open, dest)
+		case name == "mux":
+			adapter = free.Mux(open)
 		}
 		adapted, err := adapter(context.Background(), nil, ptipc.Env{})
 		if err != nil {
@@ -94,11 +97,15 @@ func explain(out io.Writer, file *config.File) {
 				fmt.Fprintf(out, "  │ no destination\nadapter bound: everything goes to %s\n", dest)
 				continue
 			}
-			fmt.Fprintf(out, "  │ destination\nadapter free: the destination becomes a header of the stream (spec/free.md)\n")
+			how := "free: the destination becomes a header of the stream, one on each connection"
+			if name == "mux" {
+				how = "mux: the destination becomes a header of the stream, many on each connection"
+			}
+			fmt.Fprintf(out, "  │ destination\nadapter %s (spec/free.md)\n", how)
 		}
 		fmt.Fprintf(out, "  │ %s\n", handover(f, t))
 		fmt.Fprintf(out, "%s\n  │ the transport's wire%s\nits server\n", describeChild(f.Through(), t), proxied(t))
-		if slices.Contains(f.Adapters(), "free") {
+		if slices.ContainsFunc(f.Adapters(), func(name string) bool { return name == "free" || name == "mux" }) {
 			fmt.Fprintf(out, "  │ stream with its header\na free server, which looks names up and dials within its egress policy\n  │\nthe destination\n\n")
 			continue
 		}

@@ -378,8 +378,8 @@ func (f *Front) validateVia() error {
 		switch {
 		case isBound && !destination(dest):
 			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "has no destination", Remedy: "write bound:HOST:PORT"}
-		case !isBound && name != "free":
-			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "is not an adapter", Remedy: "write free or bound:HOST:PORT; the transport comes last"}
+		case !isBound && name != "free" && name != "mux":
+			return &ptipc.ConfigError{Pointer: at, Value: strconv.Quote(name), Problem: "is not an adapter", Remedy: "write free, mux or bound:HOST:PORT; the transport comes last"}
 		case !isBound:
 			kind = "free"
 		}
