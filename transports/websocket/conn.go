@@ -148,13 +148,32 @@ func (c *conn) receive(b []byte) (int, error) {
 	if len(b) < smallRead {
 		into = make([]byte, smallRead)
 	}
-	got, err := c.stream.Read(into)
+	got, err := c.read(into)
 	n, used := c.decode(b, into[:got])
 	if used < got {
 		c.early = append([]byte(nil), into[used:got]...)
 	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.lost(err)
+	}
+	return n, err
+}
+
+// read reads from the stream. Under TLS, which gives one record at a time, it takes
+// all records that have come, as far as there is room.
+func (c *conn) read(b []byte) (n int, err error) {
+	n, err = c.stream.Read(b)
+	if c.stream == net.Conn(c.wire) {
+		return n, err
+	}
+	c.wire.nowait = true
+	defer func() { c.wire.nowait = false }()
+	for err == nil && n < len(b) {
+		var m int
+		m, err = c.stream.Read(b[n:])
+		if n += m; errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, nil
+		}
 	}
 	return n, err
 }
@@ -381,7 +400,14 @@ func (c *conn) send(op byte, payload []byte) error {
 	}
 	buf := frames.Get().(*[maxHeader + maxPayload]byte)
 	defer frames.Put(buf)
+	secure := c.stream != net.Conn(c.wire)
+	if secure {
+		c.wire.cork()
+	}
 	_, err := c.stream.Write(appendFrame(buf[:0], op, payload, key))
+	if secure {
+		err = firstOf(err, c.wire.uncork())
+	}
 	if err == nil {
 		return nil
 	}

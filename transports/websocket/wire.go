@@ -100,14 +100,57 @@ type wire struct {
 
 	reads atomic.Uint32 // grows when a read begins and when it ends: odd while one waits
 
+	// Of whoever reads. TLS takes little more than a record at a time, and each record
+	// would be a system call and a turn of all that follows.
+	ahead  *[readAhead]byte // what was read and not taken; nil when there is nothing
+	unread []byte           // of ahead
+	bulk   bool             // the last read was full
+	nowait bool             // a Read that would wait fails with [os.ErrDeadlineExceeded]
+
+	order sync.Mutex // held while raw is written; taken before mu
+
 	mu       sync.Mutex
 	deadline time.Time     // of writing
 	rest     []byte        // what was kept
 	flushed  chan struct{} // closed when rest is out or lost; nil when there is none
 	moved    chan struct{} // closed when deadline changes; nil when nobody waits
+	corked   []byte        // what is kept back until uncork; nil outside of cork and uncork
 }
 
+// readAhead is four records of TLS.
+const readAhead = 64<<10 + 4*256
+
+var aheads = sync.Pool{New: func() any { return new([readAhead]byte) }}
+
 func (w *wire) Read(p []byte) (int, error) {
+	if len(w.unread) == 0 && !w.nowait && w.bulk {
+		ahead := aheads.Get().(*[readAhead]byte)
+		n, err := w.read(ahead[:])
+		w.bulk = n > readAhead/4
+		if n == 0 {
+			aheads.Put(ahead)
+			return 0, err
+		}
+		// An error behind bytes comes again.
+		w.ahead, w.unread = ahead, ahead[:n]
+	}
+	if len(w.unread) > 0 {
+		n := copy(p, w.unread)
+		if w.unread = w.unread[n:]; len(w.unread) == 0 {
+			aheads.Put(w.ahead)
+			w.ahead, w.unread = nil, nil
+		}
+		return n, nil
+	}
+	if w.nowait {
+		return 0, os.ErrDeadlineExceeded // TLS goes on after this one
+	}
+	n, err := w.read(p)
+	w.bulk = n == len(p) && n > smallRead
+	return n, err
+}
+
+func (w *wire) read(p []byte) (int, error) {
 	w.reads.Add(1)
 	defer w.reads.Add(1)
 	n, err := w.raw.Read(p)
@@ -117,7 +160,47 @@ func (w *wire) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// cork keeps back what is written until uncork, so that the records of a frame go out
+// in one piece.
+func (w *wire) cork() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.corked = corks.Get().(*[corkSize]byte)[:0]
+}
+
+// corkSize is a frame with what TLS adds to it.
+const corkSize = maxHeader + maxPayload + 2<<10
+
+var corks = sync.Pool{New: func() any { return new([corkSize]byte) }}
+
+func (w *wire) uncork() error {
+	w.order.Lock() // what TLS answers on its own meanwhile comes behind
+	defer w.order.Unlock()
+	w.mu.Lock()
+	corked := w.corked
+	w.corked = nil
+	w.mu.Unlock()
+	_, err := w.write(corked)
+	if cap(corked) == corkSize {
+		corks.Put((*[corkSize]byte)(corked[:corkSize]))
+	}
+	return err
+}
+
 func (w *wire) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	if w.corked != nil {
+		defer w.mu.Unlock()
+		w.corked = append(w.corked, p...)
+		return len(p), nil
+	}
+	w.mu.Unlock()
+	w.order.Lock()
+	defer w.order.Unlock()
+	return w.write(p)
+}
+
+func (w *wire) write(p []byte) (int, error) {
 	w.mu.Lock()
 	if w.flushed != nil { // a control frame or the end, small and few: see ready and stuck
 		defer w.mu.Unlock()
