@@ -23,11 +23,6 @@ const (
 	idlePipes = 4 // kept by a loop for the next bulk flow
 
 	yieldAfter = 5 * time.Millisecond
-
-	// What a unix socket may hold on its way to the peer, before the system doubles
-	// it. The default is so little that bulk moves in small pieces, and its cost is
-	// that of waking for each of them.
-	unixSendBuffer = 1 << 20
 )
 
 // A loop relays many pairs on one thread, which sleeps in epoll_wait. It runs

@@ -19,7 +19,7 @@ import (
 const (
 	// maxPayload is the most that one frame carries. With its header it fills four
 	// records of TLS: a few bytes more would be a fifth, with a system call of its own.
-	maxPayload = 64<<10 - maxHeader
+	maxPayload = 256<<10 - maxHeader
 
 	// smallRead is what a Read with a smaller buffer takes from the wire. Others
 	// take no more than they have room for, and no buffer stands between.

@@ -118,7 +118,7 @@ type wire struct {
 }
 
 // readAhead is four records of TLS.
-const readAhead = 64<<10 + 4*256
+const readAhead = 256<<10 + 16*256
 
 var aheads = sync.Pool{New: func() any { return new([readAhead]byte) }}
 
@@ -169,7 +169,7 @@ func (w *wire) cork() {
 }
 
 // corkSize is a frame with what TLS adds to it.
-const corkSize = maxHeader + maxPayload + 2<<10
+const corkSize = maxHeader + maxPayload + 4<<10
 
 var corks = sync.Pool{New: func() any { return new([corkSize]byte) }}
 
