@@ -43,7 +43,7 @@ type frameReceiver interface {
 	frame(kind byte, id uint32, payload []byte) error
 }
 
-// errMuxFault is what the peer does against section 4 of spec/free.md (FREE-21).
+// errMuxFault is what the peer does against section 4 of spec/free.md (FREE-22).
 var errMuxFault = errors.New("free: the peer broke the protocol of a carrier of many streams")
 
 func fault(what string) error { return fmt.Errorf("%w: %s", errMuxFault, what) }

@@ -23,7 +23,7 @@ const (
 )
 
 // A mux opens streams on carriers of many. Carriers are shared by streams with the same
-// settings alone (FREE-19).
+// settings alone (FREE-23).
 type mux struct {
 	factory ptipc.ConnectionFactory
 	windows *budget

@@ -16,24 +16,25 @@ import (
 )
 
 const (
-	firstWindow = 64 << 10 // what a stream may send before it is told more (FREE-18)
+	firstWindow = 64 << 10 // what a stream may send before it is told more (FREE-19)
 	maxWindow   = 4 << 20  // what it becomes for a reader who keeps up
 	extraWindow = 64 << 20 // the sum of what windows have become larger, of one client or server
 
-	outSize    = 64 << 10  // frames on their way to the carrier
+	outSize    = 256 << 10 // frames on their way to the carrier
+	minRoom    = 32 << 10  // with less, what has more to say waits
 	maxControl = 256 << 10 // what waits behind them; only a hostile peer makes that much of it
 
-	pingInterval = 30 * time.Second // FREE-20
-	silentPings  = 2
+	pingInterval    = 30 * time.Second // FREE-21
+	silentIntervals = 3
 
-	maxPerCarrier = 1024 // streams; the server's limit (FREE-19)
+	maxPerCarrier = 1024 // streams; the server's limit (FREE-20)
 
 	bulkBytes = 1 << 20 // a stream that has moved as much is bulk
 )
 
 var (
 	errGone    = fmt.Errorf("free: the carrier has ended: %w", io.ErrUnexpectedEOF)
-	errSilence = ptipc.WithClass(ptipc.ErrTimedOut, fmt.Errorf("free: nothing came from the peer for %v: it is gone", silentPings*pingInterval))
+	errSilence = ptipc.WithClass(ptipc.ErrTimedOut, fmt.Errorf("free: nothing came from the peer for %v: it is gone", silentIntervals*pingInterval))
 	errOld     = errors.New("free: the far end takes one stream for each carrier")
 )
 
@@ -125,7 +126,7 @@ func (c *session) end(err error) {
 	c.timer.Stop()
 	for id, s := range c.streams {
 		delete(c.streams, id)
-		s.broke(err)
+		s.broke(err) // FREE-18
 		c.onFree()
 	}
 	c.writer.Signal()
@@ -153,7 +154,7 @@ func (c *session) close() {
 	c.writer.Signal()
 }
 
-// tick pings, and looks for life (FREE-20).
+// tick pings, and looks for life (FREE-21).
 func (c *session) tick() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -163,8 +164,7 @@ func (c *session) tick() {
 	if c.received.Swap(false) {
 		c.missed = 0
 	} else {
-		c.missed++
-		if c.missed > silentPings {
+		if c.missed++; c.missed == silentIntervals {
 			c.end(errSilence)
 			return
 		}
@@ -223,7 +223,7 @@ func (c *session) send(kind byte, id uint32, payload []byte) {
 	case len(c.control) == 0 && c.room() >= len(payload):
 		c.out = appendFrame(c.out, kind, id, payload)
 		c.writer.Signal()
-	case len(c.control) > maxControl: // FREE-19
+	case len(c.control) > maxControl: // FREE-20
 		c.end(errors.New("free: the peer does not read what it asks for"))
 	default: // behind out, which has no more room until the writer takes both
 		c.control = appendFrame(c.control, kind, id, payload)
@@ -232,7 +232,7 @@ func (c *session) send(kind byte, id uint32, payload []byte) {
 
 const (
 	idleRead = 2 << 10
-	bulkRead = 64 << 10
+	bulkRead = 256 << 10
 )
 
 var bulkReads = sync.Pool{New: func() any { return new([bulkRead]byte) }}
@@ -415,13 +415,13 @@ func (c *session) opened(id uint32, open []byte) error {
 	s := newStream(c, id)
 	s.answered = false
 	c.streams[id] = s
-	if c.closing {
+	if c.closing { // FREE-24
 		s.answerLocked(ptipc.ErrGeneral)
 		return nil
 	}
 	select {
 	case c.handlers <- struct{}{}:
-	default: // FREE-19
+	default: // FREE-20
 		s.answerLocked(ptipc.ErrGeneral)
 		return nil
 	}

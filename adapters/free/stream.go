@@ -148,7 +148,7 @@ func (s *muxStream) drop() {
 }
 
 // grant gives the peer room for what was read, and more than that to a reader who
-// has read all there was (FREE-18).
+// has read all there was (FREE-19).
 func (s *muxStream) grant(n int) {
 	s.consumed += n
 	if s.readErr != nil || s.consumed < s.size/2 {
@@ -166,7 +166,7 @@ func (s *muxStream) grant(n int) {
 }
 
 // Read reads from the stream. io.EOF means that the peer ended it; a stream that
-// was reset, or whose carrier broke, is another error (FREE-17).
+// was reset, or whose carrier broke, is another error (FREE-18).
 func (s *muxStream) Read(b []byte) (int, error) {
 	s.reading.Lock()
 	defer s.reading.Unlock()
@@ -223,7 +223,7 @@ func (s *muxStream) Write(b []byte) (n int, err error) {
 		room := c.room()
 		switch {
 		case s.credit == 0:
-		case room < min(rest, outSize/2), len(c.control) > 0: // behind which it would overtake
+		case room < min(rest, minRoom), len(c.control) > 0: // behind which it would overtake
 			c.blocked = append(c.blocked, s)
 		default:
 			m := min(rest, room, s.credit)
@@ -242,7 +242,7 @@ func (s *muxStream) Write(b []byte) (n int, err error) {
 	}
 }
 
-// CloseWrite ends the outgoing direction (FREE-17).
+// CloseWrite ends the outgoing direction (FREE-18).
 func (s *muxStream) CloseWrite() error {
 	s.session.mu.Lock()
 	defer s.session.mu.Unlock()
@@ -275,7 +275,7 @@ func (s *muxStream) settle() {
 }
 
 // Close ends both directions: the peer reads what was written and the end of it,
-// and its writes fail (FREE-17).
+// and its writes fail (FREE-18).
 func (s *muxStream) Close() error {
 	s.session.mu.Lock()
 	defer s.session.mu.Unlock()
@@ -294,7 +294,7 @@ func (s *muxStream) Close() error {
 	return nil
 }
 
-// Abort ends both directions so that the peer's stream breaks (FREE-17).
+// Abort ends both directions so that the peer's stream breaks (FREE-18).
 func (s *muxStream) Abort() error {
 	s.session.mu.Lock()
 	defer s.session.mu.Unlock()
