@@ -42,101 +42,108 @@ func stream(t testing.TB, transport *ptipc.Transport, dest string, accepted <-ch
 
 // SOCKS-15, both ways.
 func TestHalfClose(t *testing.T) {
-	dest, accepted := target(t)
-	transport, _ := chain(t, loopback)
-	for _, way := range []string{"out", "in"} {
-		t.Run(way, func(t *testing.T) {
-			var a, b net.Conn
-			a, b = stream(t, transport, dest, accepted)
-			if way == "in" {
-				a, b = b, a
-			}
-			mustWrite(t, a, []byte("question"))
-			closeWrite(t, a)
-			if got := string(readExactly(t, b, 8)); got != "question" {
-				t.Errorf("got %q", got)
-			}
-			mustEnd(t, b)
-			mustWrite(t, b, []byte("answer"))
-			closeWrite(t, b)
-			if got := string(readExactly(t, a, 6)); got != "answer" {
-				t.Errorf("got %q", got)
-			}
-			mustEnd(t, a)
-		})
-	}
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		dest, accepted := target(t)
+		transport, _ := chain(t, adapter, loopback)
+		for _, way := range []string{"out", "in"} {
+			t.Run(way, func(t *testing.T) {
+				var a, b net.Conn
+				a, b = stream(t, transport, dest, accepted)
+				if way == "in" {
+					a, b = b, a
+				}
+				mustWrite(t, a, []byte("question"))
+				closeWrite(t, a)
+				if got := string(readExactly(t, b, 8)); got != "question" {
+					t.Errorf("got %q", got)
+				}
+				mustEnd(t, b)
+				mustWrite(t, b, []byte("answer"))
+				closeWrite(t, b)
+				if got := string(readExactly(t, a, 6)); got != "answer" {
+					t.Errorf("got %q", got)
+				}
+				mustEnd(t, a)
+			})
+		}
+	})
 }
 
 func TestConnIsANetConn(t *testing.T) {
-	dest, accepted := target(t)
-	transport, _ := chain(t, loopback)
-	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-		near, err := transport.Connections["plain"].Dial(t.Context(), nil, dest)
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		far := <-accepted
-		return near, far, func() { near.Close(); far.Close() }, nil
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		dest, accepted := target(t)
+		transport, _ := chain(t, adapter, loopback)
+		nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+			near, err := transport.Connections["plain"].Dial(t.Context(), nil, dest)
+			if err != nil {
+				return nil, nil, nil, err
+			}
+			far := <-accepted
+			return near, far, func() { near.Close(); far.Close() }, nil
+		})
 	})
 }
 
 // 100 MB in both directions at once.
 func TestBulk(t *testing.T) {
-	const size = 100 << 20
-	dest, accepted := target(t)
-	transport, server := chain(t, loopback)
-	near, far := stream(t, transport, dest, accepted)
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		const size = 100 << 20
+		dest, accepted := target(t)
+		transport, server := chain(t, adapter, loopback)
+		near, far := stream(t, transport, dest, accepted)
 
-	var work sync.WaitGroup
-	var sent, got [2][sha256.Size]byte
-	for i, conns := range [][2]net.Conn{{near, far}, {far, near}} {
-		work.Go(func() {
-			h := sha256.New()
-			src := io.LimitReader(rand.NewChaCha8([32]byte{byte(i)}), size)
-			if _, err := io.Copy(io.MultiWriter(conns[0], h), src); err != nil {
-				t.Error(err)
-			}
-			h.Sum(sent[i][:0])
-			_ = conns[0].(interface{ CloseWrite() error }).CloseWrite()
-		})
-		work.Go(func() {
-			h := sha256.New()
-			if n, err := io.Copy(h, conns[1]); err != nil || n != size {
-				t.Errorf("%d bytes came, then %v", n, err)
-			}
-			h.Sum(got[i][:0])
-		})
-	}
-	work.Wait()
-	if got != sent {
-		t.Error("what came is not what was sent")
-	}
-	if s := near.Stats(); s.Received != size || s.Sent != size {
-		t.Errorf("the connection counts %+v", s)
-	}
-	near.Close()
-	far.Close()
-	if err := server.Close(); err != nil {
-		t.Error(err)
-	}
-	want := ptipc.TransportStats{Opened: 1, Failed: 7, Received: size, Sent: size}
-	if got := server.Stats(); got != want {
-		t.Errorf("the server counts %+v, want %+v", got, want)
-	}
-	want.Failed = 0
-	if got := must(transport.Stats(t.Context())); got != want {
-		t.Errorf("the client counts %+v, want %+v", got, want)
-	}
+		var work sync.WaitGroup
+		var sent, got [2][sha256.Size]byte
+		for i, conns := range [][2]net.Conn{{near, far}, {far, near}} {
+			work.Go(func() {
+				h := sha256.New()
+				src := io.LimitReader(rand.NewChaCha8([32]byte{byte(i)}), size)
+				if _, err := io.Copy(io.MultiWriter(conns[0], h), src); err != nil {
+					t.Error(err)
+				}
+				h.Sum(sent[i][:0])
+				_ = conns[0].(interface{ CloseWrite() error }).CloseWrite()
+			})
+			work.Go(func() {
+				h := sha256.New()
+				if n, err := io.Copy(h, conns[1]); err != nil || n != size {
+					t.Errorf("%d bytes came, then %v", n, err)
+				}
+				h.Sum(got[i][:0])
+			})
+		}
+		work.Wait()
+		if got != sent {
+			t.Error("what came is not what was sent")
+		}
+		if s := near.Stats(); s.Received != size || s.Sent != size {
+			t.Errorf("the connection counts %+v", s)
+		}
+		near.Close()
+		far.Close()
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+		want := ptipc.TransportStats{Opened: 1, Failed: 7, Received: size, Sent: size}
+		if got := server.Stats(); got != want {
+			t.Errorf("the server counts %+v, want %+v", got, want)
+		}
+		want.Failed = 0
+		if got := must(transport.Stats(t.Context())); got != want {
+			t.Errorf("the client counts %+v, want %+v", got, want)
+		}
+	})
 }
 
 // A thousand streams at once leave nothing behind.
 func TestThousandStreams(t *testing.T) {
-	const streams = 1000
-	dest, accepted := target(t)
-	transport, server := chain(t, loopback)
-	once := func(n int) {
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		const streams = 1000
+		dest, accepted := target(t)
+		fds, goroutines := descriptors(t), runtime.NumGoroutine()
+		transport, server := chain(t, adapter, loopback)
 		var nears, fars []net.Conn
-		for range n {
+		for range streams {
 			conn, err := transport.Connections["plain"].Dial(t.Context(), nil, dest)
 			if err != nil {
 				t.Fatal(err)
@@ -152,79 +159,80 @@ func TestThousandStreams(t *testing.T) {
 			mustEnd(t, c)
 			c.Close()
 		}
-		for server.Stats().Active > 0 {
+		if got := server.Stats().Opened; got != streams {
+			t.Errorf("%d streams were opened, want %d", got, streams)
+		}
+		if err := errors.Join(transport.Close(), server.Close()); err != nil {
+			t.Error(err)
+		}
+		// The last stream is no longer counted before its goroutine and sockets are gone.
+		for deadline := time.Now().Add(stuck); descriptors(t) > fds || runtime.NumGoroutine() > goroutines; {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d descriptors and %d goroutines, were %d and %d", descriptors(t), runtime.NumGoroutine(), fds, goroutines)
+			}
 			runtime.Gosched()
 		}
-	}
-	once(1)
-	fds, goroutines := descriptors(t), runtime.NumGoroutine()
-	once(streams)
-	if got := server.Stats().Opened; got != streams+1 {
-		t.Errorf("%d streams were opened, want %d", got, streams+1)
-	}
-	// The last stream is no longer counted before its goroutine and sockets are gone.
-	for deadline := time.Now().Add(stuck); descriptors(t) > fds || runtime.NumGoroutine() > goroutines; {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d descriptors and %d goroutines, were %d and %d", descriptors(t), runtime.NumGoroutine(), fds, goroutines)
-		}
-		runtime.Gosched()
-	}
+	})
 }
 
 // FREE-8, ERR-2: the class at the far end is the class here.
 func TestClassesEndToEnd(t *testing.T) {
-	for class := range ptipc.Class(0x20) {
-		if !class.Known() {
-			continue
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		for class := range ptipc.Class(0x20) {
+			if !class.Known() {
+				continue
+			}
+			env := ptipc.Env{DialOut: func(context.Context, string, string) (net.Conn, error) {
+				return nil, ptipc.WithClass(class, errors.New("10.9.8.7 said no"))
+			}}
+			s, err := Server(carrier).Proxy(t.Context(), ptipc.Opaque(`{"carrier":{"addr":"127.0.0.1:0"}}`), env)
+			if err != nil {
+				t.Fatal(err)
+			}
+			transport, err := adapter(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"`+s.Addr().String()+`"}`), ptipc.Env{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = transport.Connections["plain"].Dial(t.Context(), nil, "198.41.0.4:443")
+			if !errors.Is(err, class) {
+				t.Errorf("%v, want class %v", err, class)
+			} else if strings.Contains(err.Error(), "10.9.8.7") { // EGRESS-8
+				t.Errorf("%v tells what only the operator may know", err)
+			}
+			if err := errors.Join(transport.Close(), s.Close(), s.Wait()); err != nil {
+				t.Error(err)
+			}
 		}
-		env := ptipc.Env{DialOut: func(context.Context, string, string) (net.Conn, error) {
-			return nil, ptipc.WithClass(class, errors.New("10.9.8.7 said no"))
-		}}
-		s, err := Server(carrier).Proxy(t.Context(), ptipc.Opaque(`{"carrier":{"addr":"127.0.0.1:0"}}`), env)
-		if err != nil {
-			t.Fatal(err)
-		}
-		transport, err := Client(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"`+s.Addr().String()+`"}`), ptipc.Env{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = transport.Connections["plain"].Dial(t.Context(), nil, "198.41.0.4:443")
-		if !errors.Is(err, class) {
-			t.Errorf("%v, want class %v", err, class)
-		} else if strings.Contains(err.Error(), "10.9.8.7") { // EGRESS-8
-			t.Errorf("%v tells what only the operator may know", err)
-		}
-		if err := errors.Join(transport.Close(), s.Close(), s.Wait()); err != nil {
-			t.Error(err)
-		}
-	}
+	})
 }
 
 // FREE-12, EGRESS-1, EGRESS-2, EGRESS-8: nothing that is not public is reached
 // through the chain, and no port of the server can be told from another.
 func TestForbiddenDestinations(t *testing.T) {
-	dest, accepted := target(t)
-	_, port, _ := net.SplitHostPort(dest)
-	transport, server := chain(t, `{}`)
-	hosts := []string{
-		"127.0.0.1", "127.1.2.3", "::1", "localhost", "LOCALHOST", "0.0.0.0", "::", "::ffff:127.0.0.1", "64:ff9b::127.0.0.1",
-		"10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255",
-		"fd00::1", "fe80::1", "ff02::1", "2002:7f00:1::", "2001::7f00:1", "64:ff9b:1::1",
-	}
-	for _, host := range hosts {
-		for _, p := range []string{port, "1"} {
-			_, err := transport.Connections["plain"].Dial(t.Context(), nil, net.JoinHostPort(host, p))
-			if !errors.Is(err, ptipc.ErrNotAllowed) {
-				t.Errorf("%s: %v, want class %v", host, err, ptipc.ErrNotAllowed)
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		dest, accepted := target(t)
+		_, port, _ := net.SplitHostPort(dest)
+		transport, server := chain(t, adapter, `{}`)
+		hosts := []string{
+			"127.0.0.1", "127.1.2.3", "::1", "localhost", "LOCALHOST", "0.0.0.0", "::", "::ffff:127.0.0.1", "64:ff9b::127.0.0.1",
+			"10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255",
+			"fd00::1", "fe80::1", "ff02::1", "2002:7f00:1::", "2001::7f00:1", "64:ff9b:1::1",
+		}
+		for _, host := range hosts {
+			for _, p := range []string{port, "1"} {
+				_, err := transport.Connections["plain"].Dial(t.Context(), nil, net.JoinHostPort(host, p))
+				if !errors.Is(err, ptipc.ErrNotAllowed) {
+					t.Errorf("%s: %v, want class %v", host, err, ptipc.ErrNotAllowed)
+				}
 			}
 		}
-	}
-	if len(accepted) > 0 {
-		t.Error("somebody was connected")
-	}
-	if got, want := server.Stats().Failed, uint64(2*len(hosts)+7); got != want {
-		t.Errorf("%d have failed, want %d", got, want)
-	}
+		if len(accepted) > 0 {
+			t.Error("somebody was connected")
+		}
+		if got, want := server.Stats().Failed, uint64(2*len(hosts)+7); got != want {
+			t.Errorf("%d have failed, want %d", got, want)
+		}
+	})
 }
 
 // blocked is a dial that ends with its context.
@@ -288,40 +296,44 @@ func TestHangUp(t *testing.T) {
 
 // The same, begun by a caller who gives up.
 func TestCallerGivesUp(t *testing.T) {
-	dial, began, ended := blocked()
-	s, _ := startServer(t, "tcp", drainTimeout, dial)
-	transport, err := Client(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"`+s.Addr().String()+`"}`), ptipc.Env{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer transport.Close()
-	why := errors.New("no longer needed")
-	ctx, cancel := context.WithCancelCause(t.Context())
-	go func() {
-		<-began
-		cancel(why)
-	}()
-	if _, err := transport.Connections["plain"].Dial(ctx, nil, "a.example:1"); !errors.Is(err, why) {
-		t.Errorf("%v, want %v", err, why)
-	}
-	<-ended
-}
-
-// A far end that never answers, and a caller who would wait for ever.
-func TestNoAnswer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		near, far := net.Pipe()
-		go func() { _, _ = io.Copy(io.Discard, far) }()
-		transport, err := Client(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"far.example:1"}`), ptipc.Env{
-			DialOut: func(context.Context, string, string) (net.Conn, error) { return near, nil },
-		})
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		dial, began, ended := blocked()
+		s, _ := startServer(t, "tcp", drainTimeout, dial)
+		transport, err := adapter(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"`+s.Addr().String()+`"}`), ptipc.Env{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer transport.Close()
-		if _, err := transport.Connections["plain"].Dial(t.Context(), nil, "a.example:1"); !errors.Is(err, ptipc.ErrTimedOut) {
-			t.Errorf("%v, want class %v", err, ptipc.ErrTimedOut)
+		why := errors.New("no longer needed")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		go func() {
+			<-began
+			cancel(why)
+		}()
+		if _, err := transport.Connections["plain"].Dial(ctx, nil, "a.example:1"); !errors.Is(err, why) {
+			t.Errorf("%v, want %v", err, why)
 		}
+		<-ended
+	})
+}
+
+// A far end that never answers, and a caller who would wait for ever.
+func TestNoAnswer(t *testing.T) {
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		synctest.Test(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			go func() { _, _ = io.Copy(io.Discard, far) }()
+			transport, err := adapter(openCarrier)(t.Context(), ptipc.Opaque(`{"addr":"far.example:1"}`), ptipc.Env{
+				DialOut: func(context.Context, string, string) (net.Conn, error) { return near, nil },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer transport.Close()
+			if _, err := transport.Connections["plain"].Dial(t.Context(), nil, "a.example:1"); !errors.Is(err, ptipc.ErrTimedOut) {
+				t.Errorf("%v, want class %v", err, ptipc.ErrTimedOut)
+			}
+		})
 	})
 }
 
@@ -626,11 +638,13 @@ func TestSenseless(t *testing.T) {
 
 // Settings are the carrier's.
 func TestSettingsReachTheCarrier(t *testing.T) {
-	transport, _ := chain(t, loopback)
-	_, err := transport.Connections["plain"].Dial(t.Context(), ptipc.Opaque(`{"k":1}`), "127.0.0.1:1")
-	if !errors.Is(err, ptipc.ErrSettingsRefused) {
-		t.Errorf("%v, want class %v", err, ptipc.ErrSettingsRefused)
-	}
+	eachAdapter(t, func(t *testing.T, adapter adapter) {
+		transport, _ := chain(t, adapter, loopback)
+		_, err := transport.Connections["plain"].Dial(t.Context(), ptipc.Opaque(`{"k":1}`), "127.0.0.1:1")
+		if !errors.Is(err, ptipc.ErrSettingsRefused) {
+			t.Errorf("%v, want class %v", err, ptipc.ErrSettingsRefused)
+		}
+	})
 }
 
 func TestServerConfigToJSONAndBack(t *testing.T) {

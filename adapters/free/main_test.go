@@ -246,8 +246,16 @@ func target(t testing.TB) (addr string, accepted <-chan net.Conn) {
 	return l.Addr().String(), conns
 }
 
+// An adapter is [Client] or [Mux].
+type adapter = func(ptipc.TransportFactory) ptipc.TransportFactory
+
+func eachAdapter(t *testing.T, f func(t *testing.T, adapter adapter)) {
+	t.Run("one", func(t *testing.T) { f(t, Client) })
+	t.Run("many", func(t *testing.T) { f(t, Mux) })
+}
+
 // chain opens both ends over the carrier. egress is the policy.
-func chain(t testing.TB, egress string) (*ptipc.Transport, ptipc.ServerManager) {
+func chain(t testing.TB, adapter adapter, egress string) (*ptipc.Transport, ptipc.ServerManager) {
 	t.Helper()
 	config := ptipc.Opaque(`{"egress":` + egress + `,"carrier":{"addr":"127.0.0.1:0"}}`)
 	s, err := Server(carrier).Proxy(t.Context(), config, ptipc.Env{})
@@ -263,7 +271,7 @@ func chain(t testing.TB, egress string) (*ptipc.Transport, ptipc.ServerManager) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport, err := Client(openCarrier)(t.Context(), client, ptipc.Env{})
+	transport, err := adapter(openCarrier)(t.Context(), client, ptipc.Env{})
 	if err != nil {
 		t.Fatal(err)
 	}
