@@ -169,8 +169,13 @@ func TestMuxRefused(t *testing.T) {
 		answer []byte
 		class  ptipc.Class
 	}{
-		{[]byte{versionMany, 2}, ptipc.ErrNotAllowed}, {[]byte{version, 2}, ptipc.ErrNotAllowed}, {[]byte{versionMany, 0x99}, ptipc.ErrGeneral},
-		{[]byte{version, 0}, ptipc.ErrGeneral}, {[]byte{5, 0}, ptipc.ErrGeneral}, {nil, ptipc.ErrGeneral}, {[]byte{versionMany}, ptipc.ErrGeneral},
+		{[]byte{versionMany, 2}, ptipc.ErrNotAllowed},
+		{[]byte{version, 2}, ptipc.ErrNotAllowed},
+		{[]byte{versionMany, 0x99}, ptipc.ErrGeneral},
+		{[]byte{version, 0}, ptipc.ErrGeneral},
+		{[]byte{5, 0}, ptipc.ErrGeneral},
+		{nil, ptipc.ErrGeneral},
+		{[]byte{versionMany}, ptipc.ErrGeneral},
 	} {
 		transport, _ := muxed(t, func(ptipc.Opaque) (net.Conn, error) {
 			near, far := connected(t, "tcp")

@@ -72,9 +72,16 @@ func startClient(t testing.TB, config map[string]any, front map[string]any) *too
 	}))
 }
 
-// startChain joins two machines by a WebSocket over TLS. allow are the egress rules
-// of the far one; nil stands for its default.
-func startChain(t testing.TB, allow ...string) *chain {
+// eachVia runs a test of the chain with one stream on each WebSocket, and with many.
+func eachVia(t *testing.T, f func(t *testing.T, via string)) {
+	for _, via := range []string{"free", "mux"} {
+		t.Run(via, func(t *testing.T) { f(t, via) })
+	}
+}
+
+// startChain joins two machines by a WebSocket over TLS. via is the adapter that makes
+// it free, allow are the egress rules of the far end; nil stands for its default.
+func startChain(t testing.TB, via string, allow ...string) *chain {
 	t.Helper()
 	client, server := generateWebSocket(t, `{"listen":"127.0.0.1:0","host":"127.0.0.1"}`)
 	keys := map[string]any{"via": []string{"free"}}
@@ -83,7 +90,7 @@ func startChain(t testing.TB, allow ...string) *chain {
 	}
 	return &chain{
 		server: startServer(t, server, keys),
-		client: startClient(t, client, map[string]any{"serve": "socks5", "via": []string{"free", "client"}}),
+		client: startClient(t, client, map[string]any{"serve": "socks5", "via": []string{via, "client"}}),
 	}
 }
 
@@ -134,40 +141,42 @@ func within[T any](t *testing.T, what string, c <-chan T) T {
 
 // curl fetches and uploads 100 MB at once, from and to nginx.
 func TestChainCurl(t *testing.T) {
-	size := int64(bulk)
-	if testing.Short() {
-		size = 10 << 20
-	}
-	curl := testpeer.Need(t, "curl")
-	addr, www := startNginx(t)
-	down := randomFile(t, filepath.Join(www, "down"), size)
-	local, fetched := filepath.Join(t.TempDir(), "upload"), filepath.Join(t.TempDir(), "fetched")
-	up := randomFile(t, local, size)
-	c := startChain(t, addr)
-	proxy := "socks5h://" + c.client.front
-	var both sync.WaitGroup
-	both.Go(func() {
-		cmd := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "120", "-x", proxy, "-o", fetched, "http://"+addr+"/down")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("download: %v\n%s", err, out)
+	eachVia(t, func(t *testing.T, via string) {
+		size := int64(bulk)
+		if testing.Short() {
+			size = 10 << 20
+		}
+		curl := testpeer.Need(t, "curl")
+		addr, www := startNginx(t)
+		down := randomFile(t, filepath.Join(www, "down"), size)
+		local, fetched := filepath.Join(t.TempDir(), "upload"), filepath.Join(t.TempDir(), "fetched")
+		up := randomFile(t, local, size)
+		c := startChain(t, via, addr)
+		proxy := "socks5h://" + c.client.front
+		var both sync.WaitGroup
+		both.Go(func() {
+			cmd := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "120", "-x", proxy, "-o", fetched, "http://"+addr+"/down")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("download: %v\n%s", err, out)
+			}
+		})
+		both.Go(func() {
+			cmd := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "120", "-x", proxy, "-T", local, "http://"+addr+"/up/file")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("upload: %v\n%s", err, out)
+			}
+		})
+		both.Wait()
+		if t.Failed() {
+			t.Fatal(c.logs())
+		}
+		if checksum(t, fetched) != down {
+			t.Error("the download is not what nginx has")
+		}
+		if checksum(t, filepath.Join(www, "up", "file")) != up {
+			t.Error("nginx has not got what was uploaded")
 		}
 	})
-	both.Go(func() {
-		cmd := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "120", "-x", proxy, "-T", local, "http://"+addr+"/up/file")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("upload: %v\n%s", err, out)
-		}
-	})
-	both.Wait()
-	if t.Failed() {
-		t.Fatal(c.logs())
-	}
-	if checksum(t, fetched) != down {
-		t.Error("the download is not what nginx has")
-	}
-	if checksum(t, filepath.Join(www, "up", "file")) != up {
-		t.Error("nginx has not got what was uploaded")
-	}
 }
 
 // One connection through the chain carries a hundred streams of HTTP/2, inside TLS.
@@ -187,7 +196,7 @@ func TestChainHTTP2(t *testing.T) {
 	startNginxWith(t, nginx, dir, addr, fmt.Sprintf(`log_format h2 "$connection $server_protocol $status";
 	access_log %[1]s/access.log h2; keepalive_requests 1000;
 	server { listen %[2]s ssl http2; ssl_certificate certificate; ssl_certificate_key key; root %[1]s/www; }`, dir, addr))
-	c := startChain(t, addr)
+	c := startChain(t, "free", addr)
 	got := t.TempDir()
 	run(t, exec.CommandContext(t.Context(), curl, "-sSk", "--fail", "-m", "120", "-x", "socks5h://"+c.client.front,
 		"--http2", "--parallel", "--parallel-max", strconv.Itoa(streams),
@@ -287,7 +296,7 @@ func TestChainForbidden(t *testing.T) {
 	}
 	for name, allow := range map[string][]string{"default": nil, "public": {"*:*"}, "nothing": {}} {
 		t.Run(name, func(t *testing.T) {
-			c := startChain(t, allow...)
+			c := startChain(t, "free", allow...)
 			for _, host := range []string{
 				"127.0.0.1", "127.1.2.3", "localhost", "0.0.0.0", own, "10.0.0.1", "172.16.0.1", "192.168.0.1",
 				"169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[::ffff:127.0.0.1]",
@@ -314,70 +323,72 @@ func TestChainForbidden(t *testing.T) {
 // A child that is killed in mid-transfer breaks it: curl says so, and the destination
 // sees the end. Once supervision has brought the child back, all is as before.
 func TestChainKilled(t *testing.T) {
-	curl := testpeer.Need(t, "curl")
-	const part = 4 << 20
-	started, ended := make(chan struct{}, 1), make(chan struct{}, 1)
-	// It goes no further than a part of the transfer, whichever way that goes.
-	addr := serve(t, func(conn *net.TCPConn) {
-		in := bufio.NewReader(conn)
-		request, err := in.ReadString('\n')
-		for line := request; err == nil && line != "\r\n"; {
-			line, err = in.ReadString('\n')
+	eachVia(t, func(t *testing.T, via string) {
+		curl := testpeer.Need(t, "curl")
+		const part = 4 << 20
+		started, ended := make(chan struct{}, 1), make(chan struct{}, 1)
+		// It goes no further than a part of the transfer, whichever way that goes.
+		addr := serve(t, func(conn *net.TCPConn) {
+			in := bufio.NewReader(conn)
+			request, err := in.ReadString('\n')
+			for line := request; err == nil && line != "\r\n"; {
+				line, err = in.ReadString('\n')
+			}
+			switch {
+			case strings.HasPrefix(request, "GET /whole "):
+				_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+				return
+			case strings.HasPrefix(request, "GET "):
+				_, _ = fmt.Fprintf(conn, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n", 2*part)
+				_, _ = conn.Write(make([]byte, part))
+			case strings.HasPrefix(request, "PUT "):
+				_, _ = io.CopyN(io.Discard, in, part)
+			default:
+				return
+			}
+			started <- struct{}{}
+			_, _ = io.Copy(io.Discard, in)
+			ended <- struct{}{}
+		})
+		c := startChain(t, via, addr)
+		whole := func() {
+			t.Helper()
+			out, err := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "30", "--socks5-hostname", c.client.front, "http://"+addr+"/whole").CombinedOutput()
+			if err != nil || string(out) != "hello" {
+				t.Fatalf("%v\n%s\n%s", err, out, c.logs())
+			}
 		}
-		switch {
-		case strings.HasPrefix(request, "GET /whole "):
-			_, _ = io.WriteString(conn, "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-			return
-		case strings.HasPrefix(request, "GET "):
-			_, _ = fmt.Fprintf(conn, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n", 2*part)
-			_, _ = conn.Write(make([]byte, part))
-		case strings.HasPrefix(request, "PUT "):
-			_, _ = io.CopyN(io.Discard, in, part)
-		default:
-			return
-		}
-		started <- struct{}{}
-		_, _ = io.Copy(io.Discard, in)
-		ended <- struct{}{}
-	})
-	c := startChain(t, addr)
-	whole := func() {
-		t.Helper()
-		out, err := exec.CommandContext(t.Context(), curl, "-sS", "--fail", "-m", "30", "--socks5-hostname", c.client.front, "http://"+addr+"/whole").CombinedOutput()
-		if err != nil || string(out) != "hello" {
-			t.Fatalf("%v\n%s\n%s", err, out, c.logs())
-		}
-	}
-	whole()
-	for name, victim := range map[string]*tool{"server": c.server, "client": c.client} {
-		for _, what := range []string{"download", "upload"} {
-			t.Run(name+"/"+what, func(t *testing.T) {
-				args := []string{"-sS", "--fail", "-m", "60", "-o", os.DevNull, "--socks5-hostname", c.client.front, "http://" + addr + "/" + what}
-				if what == "upload" {
-					args = append(args, "-T", "-", "-H", "Expect:")
-				}
-				cmd := exec.CommandContext(t.Context(), curl, args...)
-				out := new(lockedBuffer)
-				cmd.Stdin, cmd.Stdout, cmd.Stderr = endless{}, out, out
-				if err := cmd.Start(); err != nil {
-					t.Fatal(err)
-				}
-				within(t, "the transfer is on its way", started)
-				ready := strings.Count(victim.out.String(), "child ready")
-				kill(t, lastPid(victim.out.String()))
-				err := cmd.Wait()
-				var exit *exec.ExitError
-				if !errors.As(err, &exit) || exit.ExitCode() == curlTimedOut || !strings.Contains(out.String(), "curl: (") {
-					t.Errorf("curl took it for the whole, or saw no end: %v\n%s", err, out)
-				}
-				within(t, "the destination sees the end", ended)
-				eventually(t, "the child is back", func() bool {
-					return strings.Count(victim.out.String(), "child ready") > ready
+		whole()
+		for name, victim := range map[string]*tool{"server": c.server, "client": c.client} {
+			for _, what := range []string{"download", "upload"} {
+				t.Run(name+"/"+what, func(t *testing.T) {
+					args := []string{"-sS", "--fail", "-m", "60", "-o", os.DevNull, "--socks5-hostname", c.client.front, "http://" + addr + "/" + what}
+					if what == "upload" {
+						args = append(args, "-T", "-", "-H", "Expect:")
+					}
+					cmd := exec.CommandContext(t.Context(), curl, args...)
+					out := new(lockedBuffer)
+					cmd.Stdin, cmd.Stdout, cmd.Stderr = endless{}, out, out
+					if err := cmd.Start(); err != nil {
+						t.Fatal(err)
+					}
+					within(t, "the transfer is on its way", started)
+					ready := strings.Count(victim.out.String(), "child ready")
+					kill(t, lastPid(victim.out.String()))
+					err := cmd.Wait()
+					var exit *exec.ExitError
+					if !errors.As(err, &exit) || exit.ExitCode() == curlTimedOut || !strings.Contains(out.String(), "curl: (") {
+						t.Errorf("curl took it for the whole, or saw no end: %v\n%s", err, out)
+					}
+					within(t, "the destination sees the end", ended)
+					eventually(t, "the child is back", func() bool {
+						return strings.Count(victim.out.String(), "child ready") > ready
+					})
+					whole()
 				})
-				whole()
-			})
+			}
 		}
-	}
+	})
 }
 
 // curlTimedOut is the exit code of curl after the time that -m gives it.
@@ -385,19 +396,21 @@ const curlTimedOut = 28
 
 // An answer that comes before the upload has ended gets through.
 func TestChainEarlyAnswer(t *testing.T) {
-	curl, nginx := testpeer.Need(t, "curl"), testpeer.Need(t, "nginx")
-	dir, addr := t.TempDir(), freePort(t)
-	startNginxWith(t, nginx, dir, addr, fmt.Sprintf(`access_log off; client_max_body_size 1m; lingering_close off;
+	eachVia(t, func(t *testing.T, via string) {
+		curl, nginx := testpeer.Need(t, "curl"), testpeer.Need(t, "nginx")
+		dir, addr := t.TempDir(), freePort(t)
+		startNginxWith(t, nginx, dir, addr, fmt.Sprintf(`access_log off; client_max_body_size 1m; lingering_close off;
 	server { listen %s; root %s; dav_methods PUT; }`, addr, dir))
-	local := filepath.Join(dir, "upload")
-	randomFile(t, local, 20<<20)
-	c := startChain(t, addr)
-	cmd := exec.CommandContext(t.Context(), curl, "-sS", "-m", "30", "-o", os.DevNull, "-w", "%{http_code}", "-H", "Expect:",
-		"--socks5-hostname", c.client.front, "-T", local, "http://"+addr+"/file")
-	// Whether curl complains of what it could not send is its own affair.
-	if out, err := cmd.Output(); string(out) != "413" {
-		t.Errorf("%v: %q, want 413", err, out)
-	}
+		local := filepath.Join(dir, "upload")
+		randomFile(t, local, 20<<20)
+		c := startChain(t, via, addr)
+		cmd := exec.CommandContext(t.Context(), curl, "-sS", "-m", "30", "-o", os.DevNull, "-w", "%{http_code}", "-H", "Expect:",
+			"--socks5-hostname", c.client.front, "-T", local, "http://"+addr+"/file")
+		// Whether curl complains of what it could not send is its own affair.
+		if out, err := cmd.Output(); string(out) != "413" {
+			t.Errorf("%v: %q, want 413", err, out)
+		}
+	})
 }
 
 // kill ends a process that has no say in it.
@@ -552,124 +565,128 @@ func peakMemory(t *testing.T, pid int) int {
 // Clients that do not read make the sender wait, and nobody in between takes the
 // bytes into memory. When they read, all of it comes.
 func TestChainSlowReaders(t *testing.T) {
-	const readers, size, bound = 8, 100 << 20, 64 << 20
-	if testing.Short() {
-		t.Skip("moves 800 MB")
-	}
-	stalled := make(chan error, readers)
-	addr := serve(t, func(conn *net.TCPConn) {
-		block := make([]byte, 64<<10)
-		said := false
-		for left := size; left > 0; {
+	eachVia(t, func(t *testing.T, via string) {
+		const readers, size, bound = 8, 100 << 20, 64 << 20
+		if testing.Short() {
+			t.Skip("moves 800 MB")
+		}
+		stalled := make(chan error, readers)
+		addr := serve(t, func(conn *net.TCPConn) {
+			block := make([]byte, 64<<10)
+			said := false
+			for left := size; left > 0; {
+				if !said {
+					_ = conn.SetWriteDeadline(time.Now().Add(time.Second)) // fails only on a closed conn
+				}
+				n, err := conn.Write(block[:min(left, len(block))])
+				left -= n
+				if err != nil && !said && errors.Is(err, os.ErrDeadlineExceeded) {
+					said, err = true, nil
+					_ = conn.SetWriteDeadline(time.Time{})
+					stalled <- nil
+				}
+				if err != nil {
+					stalled <- err
+					return
+				}
+			}
 			if !said {
-				_ = conn.SetWriteDeadline(time.Now().Add(time.Second)) // fails only on a closed conn
+				stalled <- errors.New("all of it was taken at once")
 			}
-			n, err := conn.Write(block[:min(left, len(block))])
-			left -= n
-			if err != nil && !said && errors.Is(err, os.ErrDeadlineExceeded) {
-				said, err = true, nil
-				_ = conn.SetWriteDeadline(time.Time{})
-				stalled <- nil
-			}
+		})
+		c := startChain(t, via, addr)
+		conns := make([]*net.TCPConn, readers)
+		for i := range conns {
+			conn, err := c.dial(t.Context(), addr)
 			if err != nil {
-				stalled <- err
-				return
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conns[i] = conn
+		}
+		for range conns {
+			if err := within(t, "the sender has to wait", stalled); err != nil {
+				t.Fatal(err)
 			}
 		}
-		if !said {
-			stalled <- errors.New("all of it was taken at once")
-		}
-	})
-	c := startChain(t, addr)
-	conns := make([]*net.TCPConn, readers)
-	for i := range conns {
-		conn, err := c.dial(t.Context(), addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		conns[i] = conn
-	}
-	for range conns {
-		if err := within(t, "the sender has to wait", stalled); err != nil {
-			t.Fatal(err)
-		}
-	}
-	check := func(when string) {
-		for name, r := range map[string]*tool{"server": c.server, "client": c.client} {
-			pids := family(t, r.cmd.Process.Pid)
-			if len(pids) < 3 {
-				t.Errorf("the %s's processes are %v; the tool, its launcher and a child were expected", name, pids)
-			}
-			for _, pid := range pids {
-				if peak := peakMemory(t, pid); peak > bound {
-					t.Errorf("%s, a process at the %s has had %d MB of memory", when, name, peak>>20)
+		check := func(when string) {
+			for name, r := range map[string]*tool{"server": c.server, "client": c.client} {
+				pids := family(t, r.cmd.Process.Pid)
+				if len(pids) < 3 {
+					t.Errorf("the %s's processes are %v; the tool, its launcher and a child were expected", name, pids)
+				}
+				for _, pid := range pids {
+					if peak := peakMemory(t, pid); peak > bound {
+						t.Errorf("%s, a process at the %s has had %d MB of memory", when, name, peak>>20)
+					}
 				}
 			}
 		}
-	}
-	check("while nobody reads")
-	for i, conn := range conns {
-		_ = conn.SetReadDeadline(time.Now().Add(patience)) // fails only on a closed conn
-		if n, err := io.Copy(io.Discard, conn); err != nil || n != size {
-			t.Errorf("reader %d: %d bytes, %v", i, n, err)
+		check("while nobody reads")
+		for i, conn := range conns {
+			_ = conn.SetReadDeadline(time.Now().Add(patience)) // fails only on a closed conn
+			if n, err := io.Copy(io.Discard, conn); err != nil || n != size {
+				t.Errorf("reader %d: %d bytes, %v", i, n, err)
+			}
 		}
-	}
-	check("after all was read")
+		check("after all was read")
+	})
 }
 
 // Thousands of clients that say nothing are all still there when they do.
 func TestChainIdleClients(t *testing.T) {
-	clients := 3000
-	if testing.Short() {
-		clients = 100
-	}
-	addr := serve(t, func(conn *net.TCPConn) {
-		_, _ = io.Copy(conn, conn)
-	})
-	c := startChain(t, addr)
-	conns := make([]*net.TCPConn, clients)
-	work := make(chan int)
-	var dialling sync.WaitGroup
-	for range 16 {
-		dialling.Go(func() {
-			for i := range work {
-				conn, err := c.dial(t.Context(), addr)
-				if err != nil {
-					t.Errorf("client %d: %v", i, err)
-					continue
-				}
-				conns[i] = conn
-			}
+	eachVia(t, func(t *testing.T, via string) {
+		clients := 3000
+		if testing.Short() {
+			clients = 100
+		}
+		addr := serve(t, func(conn *net.TCPConn) {
+			_, _ = io.Copy(conn, conn)
 		})
-	}
-	for i := range conns {
-		work <- i
-	}
-	close(work)
-	dialling.Wait()
-	defer func() {
+		c := startChain(t, via, addr)
+		conns := make([]*net.TCPConn, clients)
+		work := make(chan int)
+		var dialling sync.WaitGroup
+		for range 16 {
+			dialling.Go(func() {
+				for i := range work {
+					conn, err := c.dial(t.Context(), addr)
+					if err != nil {
+						t.Errorf("client %d: %v", i, err)
+						continue
+					}
+					conns[i] = conn
+				}
+			})
+		}
+		for i := range conns {
+			work <- i
+		}
+		close(work)
+		dialling.Wait()
+		defer func() {
+			for _, conn := range conns {
+				if conn != nil {
+					_ = conn.Close()
+				}
+			}
+		}()
+		if t.Failed() {
+			t.FailNow()
+		}
 		for _, conn := range conns {
-			if conn != nil {
-				_ = conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(patience)) // fails only on a closed conn
+		}
+		for i, conn := range conns {
+			if _, err := conn.Write([]byte{byte(i)}); err != nil {
+				t.Fatalf("client %d: %v", i, err)
 			}
 		}
-	}()
-	if t.Failed() {
-		t.FailNow()
-	}
-	for _, conn := range conns {
-		_ = conn.SetDeadline(time.Now().Add(patience)) // fails only on a closed conn
-	}
-	for i, conn := range conns {
-		if _, err := conn.Write([]byte{byte(i)}); err != nil {
-			t.Fatalf("client %d: %v", i, err)
+		for i, conn := range conns {
+			var answer [1]byte
+			if _, err := io.ReadFull(conn, answer[:]); err != nil || answer[0] != byte(i) {
+				t.Fatalf("client %d: %v, %d", i, err, answer[0])
+			}
 		}
-	}
-	for i, conn := range conns {
-		var answer [1]byte
-		if _, err := io.ReadFull(conn, answer[:]); err != nil || answer[0] != byte(i) {
-			t.Fatalf("client %d: %v, %d", i, err, answer[0])
-		}
-	}
+	})
 }

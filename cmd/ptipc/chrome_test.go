@@ -89,7 +89,7 @@ for (let i = 0; i < %[1]d; i++) {
 	site := &httptest.Server{Listener: listener, Config: &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}}
 	site.Start()
 	defer site.Close()
-	c := startChain(t, listener.Addr().String())
+	c := startChain(t, "mux", listener.Addr().String())
 	startChromium(t, site.URL+"/", "--proxy-server=socks5://"+c.client.front, "--proxy-bypass-list=<-loopback>",
 		"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
 	if got, want := within(t, "the page tells what it has loaded", result), fmt.Sprintf("%d loaded, 0 failed", objects); got != want {

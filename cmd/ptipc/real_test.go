@@ -256,7 +256,7 @@ Subsystem sftp internal-sftp
 	sum := randomFile(t, filepath.Join(dir, "file"), 20<<20)
 	for name, proxy := range map[string]string{
 		"front": nc + " -X 5 -x " + r.front + " %h %p",
-		"chain": nc + " -X 5 -x " + startChain(t, addr).client.front + " %h %p",
+		"chain": nc + " -X 5 -x " + startChain(t, "mux", addr).client.front + " %h %p",
 		"dial":  "env " + asTool + "=1 " + self + " dial builtin:direct {} %h:%p",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -97,11 +97,11 @@ func explain(out io.Writer, file *config.File) {
 				fmt.Fprintf(out, "  │ no destination\nadapter bound: everything goes to %s\n", dest)
 				continue
 			}
-			how := "free: the destination becomes a header of the stream, one on each connection"
+			many := ""
 			if name == "mux" {
-				how = "mux: the destination becomes a header of the stream, many on each connection"
+				many = ", with many streams on a connection"
 			}
-			fmt.Fprintf(out, "  │ destination\nadapter %s (spec/free.md)\n", how)
+			fmt.Fprintf(out, "  │ destination\nadapter %s: the destination becomes a header of the stream%s (spec/free.md)\n", name, many)
 		}
 		fmt.Fprintf(out, "  │ %s\n", handover(f, t))
 		fmt.Fprintf(out, "%s\n  │ the transport's wire%s\nits server\n", describeChild(f.Through(), t), proxied(t))

@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	// maxPayload is the most that one frame carries. With its header it fills four
-	// records of TLS: a few bytes more would be a fifth, with a system call of its own.
+	// maxPayload is the most that one frame carries. With its header it fills sixteen
+	// records of TLS: a few bytes more would be another one.
 	maxPayload = 256<<10 - maxHeader
 
 	// smallRead is what a Read with a smaller buffer takes from the wire. Others
@@ -348,7 +348,7 @@ func (c *conn) endBoth() {
 }
 
 // Write writes to the stream. Bytes that a deadline kept back count as written
-// and go out later; there are less than 64 KiB of them.
+// and go out later; there is less than a frame of them.
 func (c *conn) Write(b []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()

@@ -358,7 +358,7 @@ func TestCloseGivesUp(t *testing.T) {
 				}
 				write := make(chan error, 1)
 				go func() {
-					_, err := c.Write(make([]byte, 100<<10))
+					_, err := c.Write(make([]byte, 2*maxPayload))
 					write <- err
 				}()
 				synctest.Wait()
@@ -386,7 +386,7 @@ func TestWriteDeadlineKeepsTheFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, far := newPipe(t, true, 0)
 		c.SetWriteDeadline(time.Now().Add(time.Second))
-		data := bytes.Repeat([]byte("0123456789"), 10_000)
+		data := bytes.Repeat([]byte("0123456789"), maxPayload/5)
 		n, err := c.Write(data)
 		if n != maxPayload || !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("wrote %d, %v; want one frame that is kept", n, err)

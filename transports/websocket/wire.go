@@ -117,8 +117,8 @@ type wire struct {
 	corked   []byte        // what is kept back until uncork; nil outside of cork and uncork
 }
 
-// readAhead is four records of TLS.
-const readAhead = 256<<10 + 16*256
+// readAhead is sixteen records of TLS. Four take a tenth to a fifth more CPU.
+const readAhead = 16 * (16<<10 + 256)
 
 var aheads = sync.Pool{New: func() any { return new([readAhead]byte) }}
 
