@@ -50,6 +50,11 @@ of its transports by hand, and ptipc stop ends it. They find it by its control
 socket, which is for the same user alone. A second host of one user goes without
 it, and says so, unless --control gives it one of its own.
 
+A front's "via" puts an adapter over a transport whose far end is fixed: free opens one
+connection of it for each stream, which is best for bulk; mux puts many streams on a few,
+which is best for many short ones, such as a browser's. Both need a server with
+"via": ["free"] at the far end.
+
 The schema of HOST.json is spec/host.schema.json; ptipc check tells what is wrong
 with a file without starting anything.`,
 		Example: `  ptipc run

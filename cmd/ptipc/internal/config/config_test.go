@@ -123,6 +123,7 @@ func TestFaults(t *testing.T) {
 		{"via nothing", via(`"b"`), "/fronts/0/via/0", "name a key", false},
 		{"via unknown", via(`"fre","a"`), "/fronts/0/via/0", "is not an adapter", false},
 		{"via twice", via(`"free","free","a"`), "/fronts/0/via/1", "its own kind", false},
+		{"via mux over free", via(`"mux","free","a"`), "/fronts/0/via/1", "its own kind", false},
 		{"via bound to nowhere", via(`"free","bound:x","a"`), "/fronts/0/via/1", "bound:HOST:PORT", false},
 		{"via bound on top", via(`"bound:x:1","a"`), "/fronts/0/via/0", "nothing to choose", false},
 		{"via of a client", base(`,"via":["free"]`), "/transports/a/via", "front", false},
