@@ -293,10 +293,10 @@ func benchChain(b *testing.B, scheme, adapter, far string) rig {
 // service and with the same client before it, and the whole chain, which has more
 // to do, with a client of its own.
 //
-// All of them speak TLS 1.3 on the wire, with AES-GCM: of 128 bits between two ends that
-// are written in Go, and of 256 with websockify, where OpenSSL chooses. websockify and the
-// server of ours each count one end of TLS, the chain both. The client of the first two
-// is in this process: it counts for nobody, but takes its share of the machine.
+// All of them speak TLS 1.3 on the wire, with AES-GCM of 128 bits, which the client of Go
+// asks for first. websockify and the server of ours each count one end of TLS, the chain
+// both. The client of the first two is in this process: it counts for nobody, but takes
+// its share of the machine.
 func BenchmarkChainBulk(b *testing.B) {
 	websockify := testpeer.Need(b, "websockify")
 	for _, scheme := range []string{"ws", "wss"} {
