@@ -51,7 +51,7 @@ func reset(c *net.TCPConn) {
 
 // startBreakable is a chain with one connection through it. near is the program's end,
 // far the destination's.
-func startBreakable(t *testing.T) (c *chain, near, far *net.TCPConn, cut func()) {
+func startBreakable(t *testing.T, via string) (c *chain, near, far *net.TCPConn, cut func()) {
 	t.Helper()
 	accepted, release := make(chan *net.TCPConn, 1), make(chan struct{})
 	dest := serve(t, func(conn *net.TCPConn) {
@@ -63,7 +63,7 @@ func startBreakable(t *testing.T) (c *chain, near, far *net.TCPConn, cut func())
 	client["url"] = strings.Replace(client["url"].(string), server["listen"].(string), wire, 1)
 	c = &chain{
 		server: startServer(t, server, map[string]any{"via": []string{"free"}, "egress": map[string]any{"allow": []string{dest}}}),
-		client: startClient(t, client, map[string]any{"serve": "socks5", "via": []string{"free", "client"}}),
+		client: startClient(t, client, map[string]any{"serve": "socks5", "via": []string{via, "client"}}),
 	}
 	t.Cleanup(func() { close(release) }) // before the tools are stopped, which wait for open connections
 	near, err := c.dial(t.Context(), dest)
@@ -90,52 +90,54 @@ func startBreakable(t *testing.T) (c *chain, near, far *net.TCPConn, cut func())
 // and however it breaks, in both directions, and also when the other direction has
 // ended before (SOCKS-15, SOCKS-20).
 func TestChainBreaks(t *testing.T) {
-	type ends struct {
-		*chain
-		near, far *net.TCPConn
-		cut       func()
-	}
-	for name, breaks := range map[string]func(e ends){
-		"server child killed": func(e ends) { killPid(t, lastPid(e.server.out.String())) },
-		"client child killed": func(e ends) { killPid(t, lastPid(e.client.out.String())) },
-		"server host killed":  func(e ends) { _ = e.server.cmd.Process.Kill() },
-		"client host killed":  func(e ends) { _ = e.client.cmd.Process.Kill() },
-		"wire cut":            func(e ends) { e.cut() },
-		"program resets":      func(e ends) { reset(e.near) },
-		"destination resets":  func(e ends) { reset(e.far) },
-	} {
-		for _, ended := range []string{"", "after the program's end", "after the destination's end"} {
-			t.Run(name+" "+ended, func(t *testing.T) {
-				c, near, far, cut := startBreakable(t)
-				end := func(of, at *net.TCPConn) {
-					if err := of.CloseWrite(); err != nil {
-						t.Fatal(err)
-					}
-					if _, err := io.Copy(io.Discard, at); err != nil {
-						t.Fatal(err)
-					}
-				}
-				switch ended {
-				case "after the program's end":
-					end(near, far)
-				case "after the destination's end":
-					end(far, near)
-				}
-				breaks(ends{c, near, far, cut})
-				if name != "program resets" && ended != "after the destination's end" {
-					if _, err := io.Copy(io.Discard, near); err == nil {
-						t.Error("the program takes what came for the whole")
-					}
-				}
-				if name != "destination resets" && ended != "after the program's end" {
-					if _, err := io.Copy(io.Discard, far); err == nil {
-						t.Error("the destination takes what came for the whole")
-					}
-				}
-				if t.Failed() {
-					t.Log(c.logs())
-				}
-			})
+	eachVia(t, func(t *testing.T, via string) {
+		type ends struct {
+			*chain
+			near, far *net.TCPConn
+			cut       func()
 		}
-	}
+		for name, breaks := range map[string]func(e ends){
+			"server child killed": func(e ends) { killPid(t, lastPid(e.server.out.String())) },
+			"client child killed": func(e ends) { killPid(t, lastPid(e.client.out.String())) },
+			"server host killed":  func(e ends) { _ = e.server.cmd.Process.Kill() },
+			"client host killed":  func(e ends) { _ = e.client.cmd.Process.Kill() },
+			"wire cut":            func(e ends) { e.cut() },
+			"program resets":      func(e ends) { reset(e.near) },
+			"destination resets":  func(e ends) { reset(e.far) },
+		} {
+			for _, ended := range []string{"", "after the program's end", "after the destination's end"} {
+				t.Run(name+" "+ended, func(t *testing.T) {
+					c, near, far, cut := startBreakable(t, via)
+					end := func(of, at *net.TCPConn) {
+						if err := of.CloseWrite(); err != nil {
+							t.Fatal(err)
+						}
+						if _, err := io.Copy(io.Discard, at); err != nil {
+							t.Fatal(err)
+						}
+					}
+					switch ended {
+					case "after the program's end":
+						end(near, far)
+					case "after the destination's end":
+						end(far, near)
+					}
+					breaks(ends{c, near, far, cut})
+					if name != "program resets" && ended != "after the destination's end" {
+						if _, err := io.Copy(io.Discard, near); err == nil {
+							t.Error("the program takes what came for the whole")
+						}
+					}
+					if name != "destination resets" && ended != "after the program's end" {
+						if _, err := io.Copy(io.Discard, far); err == nil {
+							t.Error("the destination takes what came for the whole")
+						}
+					}
+					if t.Failed() {
+						t.Log(c.logs())
+					}
+				})
+			}
+		}
+	})
 }
