@@ -704,7 +704,7 @@ func FuzzFrames(f *testing.F) {
 				c.timer = time.NewTimer(time.Hour)
 				if !client {
 					c.handlers = make(chan struct{}) // none: each stream is refused
-					c.accept = func(*muxStream, []byte) {}
+					c.accept, c.refused = func(*muxStream, []byte) {}, func() {}
 				} else {
 					c.greeted = true
 					for id := range uint32(4) {

@@ -183,13 +183,13 @@ func (m *mux) carrier(ctx context.Context, settings ptipc.Opaque) (*muxCarrier, 
 
 // choose returns the carrier for a stream, or nil for a new one.
 func (p *pool) choose() *muxCarrier {
-	var calm, any *muxCarrier
+	var calm, least *muxCarrier
 	for _, c := range p.carriers {
 		if c.load.Load() >= maxPerCarrier || c.hasEnded() {
 			continue
 		}
-		if any == nil || c.load.Load() < any.load.Load() {
-			any = c
+		if least == nil || c.load.Load() < least.load.Load() {
+			least = c
 		}
 		if !c.movesBulk() && (calm == nil || c.load.Load() < calm.load.Load()) {
 			calm = c
@@ -199,7 +199,7 @@ func (p *pool) choose() *muxCarrier {
 	case calm != nil && (calm.load.Load() < fewStreams || len(p.carriers) >= manyCarriers):
 		return calm
 	case len(p.carriers) >= manyCarriers:
-		return any
+		return least
 	}
 	return nil
 }

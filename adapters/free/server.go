@@ -290,7 +290,8 @@ func (s *server) carryMany(carrier net.Conn) {
 	_ = carrier.SetDeadline(time.Time{})
 	c := newSession(carrier, s.windows, []byte{versionMany, 0})
 	c.handlers = make(chan struct{}, maxPerCarrier)
-	c.accept = func(stream *muxStream, open []byte) { s.carryStream(stream, open) }
+	c.accept = s.carryStream
+	c.refused = func() { s.failed.Add(1) }
 	c.start()
 	stopClose := context.AfterFunc(s.closing, c.close)
 	stopCut := context.AfterFunc(s.relays, func() { c.abort(errClosed) })

@@ -79,6 +79,7 @@ type session struct {
 	pong    bool         // a PONG is on its way to the writer
 
 	handlers chan struct{} // one for each accept
+	refused  func()        // a server counts a stream that it did not accept
 	work     sync.WaitGroup
 
 	// Of the goroutine that reads.
@@ -230,31 +231,37 @@ func (c *session) send(kind byte, id uint32, payload []byte) {
 	}
 }
 
-const (
-	idleRead = 2 << 10
-	bulkRead = 256 << 10
-)
+// What a Read waits with is small, and larger after one that was full: then there is
+// more to come, and with the largest hardly a need to wait.
+var readBuffers = [...]sync.Pool{
+	{New: func() any { return newBuffer(2 << 10) }},
+	{New: func() any { return newBuffer(32 << 10) }},
+	{New: func() any { return newBuffer(256 << 10) }},
+}
 
-var bulkReads = sync.Pool{New: func() any { return new([bulkRead]byte) }}
+func newBuffer(size int) *[]byte {
+	b := make([]byte, size)
+	return &b
+}
 
-// read reads frames until the carrier ends. While it waits it holds a small buffer.
+// read reads frames until the carrier ends.
 func (c *session) read() {
 	defer c.work.Done()
-	idle := make([]byte, idleRead)
-	for {
-		n, err := c.carrier.Read(idle)
-		err = c.take(idle[:n], err)
-		if err == nil && n == idleRead {
-			bulk := bulkReads.Get().(*[bulkRead]byte)
-			for n = bulkRead; n > idleRead && err == nil; {
-				n, err = c.carrier.Read(bulk[:])
-				err = c.take(bulk[:n], err)
-			}
-			bulkReads.Put(bulk)
-		}
-		if err != nil {
+	for size := 0; ; {
+		buf := readBuffers[size].Get().(*[]byte)
+		n, err := c.carrier.Read(*buf)
+		err = c.take((*buf)[:n], err)
+		readBuffers[size].Put(buf)
+		switch {
+		case err != nil:
 			c.abort(err)
 			return
+		case n == len(*buf):
+			size = min(size+1, len(readBuffers)-1)
+		case size > 0 && n > 2<<10:
+			size = 1
+		default:
+			size = 0
 		}
 	}
 }
@@ -415,13 +422,16 @@ func (c *session) opened(id uint32, open []byte) error {
 	s := newStream(c, id)
 	s.answered = false
 	c.streams[id] = s
-	if c.closing { // FREE-24
-		s.answerLocked(ptipc.ErrGeneral)
-		return nil
+	full := c.closing // FREE-24
+	if !full {
+		select {
+		case c.handlers <- struct{}{}:
+		default: // FREE-20
+			full = true
+		}
 	}
-	select {
-	case c.handlers <- struct{}{}:
-	default: // FREE-20
+	if full {
+		c.refused()
 		s.answerLocked(ptipc.ErrGeneral)
 		return nil
 	}

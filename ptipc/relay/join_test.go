@@ -246,7 +246,7 @@ func crcOf(r io.Reader) uint32 {
 func TestJoinEverySize(t *testing.T) {
 	forKinds(t, func(t *testing.T, left, right string) {
 		j := startJoin(t, left, right)
-		for _, size := range []int{1, 2, idleSize - 1, idleSize, idleSize + 1, 16<<10 - 1, 16 << 10, 16<<10 + 1, bulkSize, bulkSize + 1, 100_000, 1, 1 << 20, 3} {
+		for _, size := range []int{1, 2, idleSize - 1, idleSize, idleSize + 1, someSize + idleSize, 16<<10 - 1, 16 << 10, 16<<10 + 1, bulkSize, bulkSize + 1, 100_000, 1, 1 << 20, 3} {
 			go func() { _, _ = io.Copy(j.left, source(1, int64(size))) }()
 			got := crc32.NewIEEE()
 			if n, err := io.CopyN(got, j.right, int64(size)); err != nil {

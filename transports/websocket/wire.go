@@ -104,7 +104,7 @@ type wire struct {
 	// would be a system call and a turn of all that follows.
 	ahead  *[readAhead]byte // what was read and not taken; nil when there is nothing
 	unread []byte           // of ahead
-	bulk   bool             // the last read was full
+	bulk   bool             // the last read was full: the next will hardly have to wait
 	nowait bool             // a Read that would wait fails with [os.ErrDeadlineExceeded]
 
 	order sync.Mutex // held while raw is written; taken before mu
@@ -126,7 +126,7 @@ func (w *wire) Read(p []byte) (int, error) {
 	if len(w.unread) == 0 && !w.nowait && w.bulk {
 		ahead := aheads.Get().(*[readAhead]byte)
 		n, err := w.read(ahead[:])
-		w.bulk = n > readAhead/4
+		w.bulk = n == readAhead
 		if n == 0 {
 			aheads.Put(ahead)
 			return 0, err
