@@ -335,7 +335,12 @@ func (s *server) connectStream(stream *muxStream, open []byte) (net.Conn, error)
 	ctx, cancel := context.WithCancelCause(s.closing)
 	defer cancel(nil)
 	stream.watch(cancel)
-	return s.dial(ctx, "tcp", dest)
+	wire, err := s.dial(ctx, "tcp", dest)
+	if err == nil && ctx.Err() != nil { // the client hung up, or the server was closed (FREE-24)
+		_ = wire.Close()
+		return nil, context.Cause(ctx)
+	}
+	return wire, err
 }
 
 // answer writes the answer, and gives up before a server that closes would cut.

@@ -74,10 +74,13 @@ func compare(b *testing.B, what, unit string, scale float64, rigs []rig, take fu
 	}
 	last := len(rigs) - 1
 	for n, r := range rigs {
-		b.Logf("%-4s %-10s %9.1f %s/s %9.1f %s/cpu-s", what, r.name, bench.Median(rates[n]), unit, bench.Median(perCPU[n]), unit)
-		if n < last {
+		// One line for each: a benchmark's log is cut after ten.
+		line := fmt.Sprintf("%-4s %-10s %9.1f %s/s %9.1f %s/cpu-s", what, r.name, bench.Median(rates[n]), unit, bench.Median(perCPU[n]), unit)
+		if n == last {
+			b.Log(line)
+		} else {
 			rate, cpu := bench.Ratio(rates[n], rates[last]), bench.Ratio(perCPU[n], perCPU[last])
-			b.Logf("%-4s %-10s %9.2f times the rate of %s, %.2f times for each second of CPU", what, r.name, rate, rigs[last].name, cpu)
+			b.Logf("%s: %.2f times the rate of %s, %.2f times for each second of CPU", line, rate, rigs[last].name, cpu)
 			b.ReportMetric(rate, fmt.Sprintf("%s-%s-x", r.name, what))
 			b.ReportMetric(cpu, fmt.Sprintf("%s-%s-cpu-x", r.name, what))
 		}
