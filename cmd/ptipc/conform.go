@@ -53,9 +53,10 @@ SHOULD is reported, and counts with --strict. What is about something that EXE d
 not have (a bound transport has no destinations), or that this machine cannot show,
 could not run and says why; some cases need Linux, and some of these root.
 
-EXE is a path, a name in PATH, or builtin:NAME, ARGS are its own arguments, and CONFIG
-is a JSON object, or @FILE. It stands on command lines that every user of this machine
-can read. What it says depends on the role:
+EXE is a path, a name in PATH, or builtin:NAME, ARGS are its own arguments, in which
+files have whole paths, since it runs in a directory of its own. CONFIG is a JSON
+object, or @FILE. It stands on command lines that every user of this machine can read.
+What it says depends on the role:
 
   client    a configuration that works. A free transport is led to an echo server
             on this machine; where a bound one leads to an echo server, say --echoes
@@ -67,7 +68,7 @@ can read. What it says depends on the role:
 The exit code is 0 when everything held that could run, 1 when something fell short,
 and 2 when nothing could run; 64 is a wrong command line, as everywhere.`,
 		Example: `  ptipc conform -- ./mytransport '{"server":"192.0.2.1:443"}'
-  ptipc conform --plain -- python3 rawchild.py '{}'
+  ptipc conform --plain -- python3 "$PWD/rawchild.py" '{}'
   ptipc conform --strict --role all -- builtin:websocket '{"listen":"127.0.0.1:0"}'
   ptipc conform --run '^SOCKS-(5|15)/' --format tap -- ./mytransport '{}'
   ptipc conform --list`,
