@@ -298,7 +298,7 @@ var (
 		{"never forgets", []string{"STAT-3/gone"}},
 		{"numbers STATS by itself", []string{
 			"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id",
-			"LINE-1/cr", "LINE-1/skipped", "LINE-2/unknown-keyword",
+			"LINE-1/cr", "LINE-1/skipped", "LINE-2/unknown-keyword", "SIG-1/ignored",
 		}},
 	}
 	packetFaults = []fault{

@@ -554,7 +554,7 @@ func (f *faulty) serve(conn net.Conn, relay func(func())) {
 	}
 	r := bufio.NewReaderSize(conn, 128<<10)
 	dest, code, ok := f.handshake(conn, r)
-	if f.is("leaks descriptors") {
+	if ok && f.is("leaks descriptors") {
 		if null, err := os.Open(os.DevNull); err == nil {
 			f.mu.Lock()
 			f.leaked = append(f.leaked, null)
