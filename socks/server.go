@@ -356,6 +356,7 @@ func (s *Server) relays(session *session) error {
 	return nil
 }
 
+// remove gives back what a session that has ended took (SOCKS-22).
 func (s *Server) remove(session *session, admitted bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

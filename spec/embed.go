@@ -12,6 +12,8 @@ import (
 	"regexp"
 )
 
+//go:generate go test -run ^TestCoverage$ . -update
+
 // HostSchema is the JSON Schema of the tool's configuration file.
 //
 //go:embed host.schema.json

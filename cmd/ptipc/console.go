@@ -25,25 +25,38 @@ import (
 // console is what the operator sees of a ptipc run and does to it: it follows the
 // children, carries the signals, and answers at the control socket.
 type console struct {
-	log     *slog.Logger
-	out     io.Writer
-	started time.Time
-	file    *config.File
+	log   *slog.Logger
+	out   io.Writer
+	began time.Time
+	file  *config.File
 
 	couriers map[string]carrier
 	servers  []*control.Server // of the metrics, and then of the control socket
 
-	// What is there since the runner is up.
-	stop   context.CancelFunc
-	up     context.Context
-	stats  map[string]func(ctx context.Context) (ptipc.TransportStats, error)
-	addrs  map[string]string
-	fronts []control.Front
-	refuse []func() uint64
+	stop context.CancelFunc // ends the runner,
+	up   context.Context    // and ends with it
 
 	mu       sync.Mutex
+	started  bool // all of it
 	children map[string]*childState
+	opened   map[string]openTransport
+	fronts   []openFront
 }
+
+// openTransport is what a transport tells since it was opened.
+type openTransport struct {
+	stats func(ctx context.Context) (ptipc.TransportStats, error)
+	addr  string // of a server's wire
+}
+
+// openFront is a front that serves.
+type openFront struct {
+	control.Front
+	refused func() uint64 // nil where it is not counted
+}
+
+// maxProgress bounds what a child's STATUS puts into the status.
+const maxProgress = 400
 
 // carrier is a courier, which is closed when its transport has ended.
 type carrier interface {
@@ -57,14 +70,17 @@ type childState struct {
 	pid       int
 	since     time.Time
 	starts    uint64
+	progress  string // the last STATUS of the child that runs
 	lastError string
 }
 
-// newConsole makes the couriers of all transports.
-func newConsole(file *config.File, out io.Writer, log *slog.Logger) (*console, error) {
+// newConsole makes the couriers of all transports. stop ends the runner, which ends
+// up: both come before the transports, since a slow start is when people ask and
+// stop.
+func newConsole(up context.Context, stop context.CancelFunc, file *config.File, out io.Writer, log *slog.Logger) (*console, error) {
 	c := &console{
-		log: log, out: out, started: time.Now(), file: file,
-		couriers: map[string]carrier{}, children: map[string]*childState{},
+		log: log, out: out, began: time.Now(), file: file, up: up, stop: stop,
+		couriers: map[string]carrier{}, children: map[string]*childState{}, opened: map[string]openTransport{},
 	}
 	for _, name := range slices.Sorted(maps.Keys(file.Transports)) {
 		t := file.Transports[name]
@@ -103,15 +119,11 @@ func (c *console) signals(name string) ptipc.Signals {
 func (c *console) event(name string, e host.Event) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	child := c.children[name]
-	if child == nil {
-		child = &childState{state: control.Restarting}
-		c.children[name] = child
-	}
+	child := c.child(name)
 	switch e.Kind {
 	case host.Started:
 		child.starts++
-		child.pid = e.Pid
+		child.pid, child.progress = e.Pid, ""
 	case host.Ready:
 		child.state, child.since = control.Ready, time.Now()
 	case host.Exited:
@@ -126,34 +138,69 @@ func (c *console) event(name string, e host.Event) {
 	}
 }
 
-// follow takes over what the runner has started. stop is what ends the runner, and
-// ends up.
-func (c *console) follow(up context.Context, r *runner, stop context.CancelFunc) {
-	c.up, c.stop = up, stop
-	c.stats, c.addrs = map[string]func(context.Context) (ptipc.TransportStats, error){}, map[string]string{}
-	for name, t := range r.transports {
-		c.stats[name] = t.Stats
+// child is the state of a transport's child. The caller holds c.mu.
+func (c *console) child(name string) *childState {
+	child := c.children[name]
+	if child == nil {
+		child = &childState{state: control.Starting}
+		c.children[name] = child
 	}
-	for name, s := range r.servers {
-		c.stats[name] = func(context.Context) (ptipc.TransportStats, error) { return s.Stats(), nil }
-		c.addrs[name] = s.Addr().String()
+	return child
+}
+
+// progress keeps what a transport has last told of its bootstrap (LINE-10).
+func (c *console) progress(name string, attrs []slog.Attr) {
+	words := make([]string, len(attrs))
+	for i, attr := range attrs {
+		words[i] = attr.String()
 	}
-	for _, f := range r.fronts {
-		if f.Serve == "" {
-			continue // the delivery of a server is no front
-		}
-		shown := control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Through()}
-		if path, ok := strings.CutPrefix(f.Listen, "unix://"); ok {
-			shown.Address = path
-		} else if f.Packets() {
-			shown.Address = "udp://" + shown.Address // one for streams may have the same port
-		}
-		var refused func() uint64
-		if guard, ok := f.listener.(interface{ Refused() uint64 }); ok {
-			refused = guard.Refused
-		}
-		c.fronts, c.refuse = append(c.fronts, shown), append(c.refuse, refused)
+	text := strings.ToValidUTF8(strings.Join(words, " "), "\ufffd")
+	if len(text) > maxProgress {
+		text = strings.ToValidUTF8(text[:maxProgress], "") + "…"
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.child(name).progress = text
+}
+
+// client takes over a transport that has been opened.
+func (c *console) client(name string, t *ptipc.Transport) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.opened[name] = openTransport{stats: t.Stats}
+}
+
+// server takes over a server that has been opened.
+func (c *console) server(name string, s ptipc.ServerManager) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.opened[name] = openTransport{
+		stats: func(context.Context) (ptipc.TransportStats, error) { return s.Stats(), nil },
+		addr:  s.Addr().String(),
+	}
+}
+
+// front takes over a front that serves.
+func (c *console) front(f *runningFront) {
+	shown := openFront{Front: control.Front{Address: f.listener.Addr().String(), Serve: f.Serve, Transport: f.Through()}}
+	if path, ok := strings.CutPrefix(f.Listen, "unix://"); ok {
+		shown.Address = path
+	} else if f.Packets() {
+		shown.Address = "udp://" + shown.Address // one for streams may have the same port
+	}
+	if guard, ok := f.listener.(interface{ Refused() uint64 }); ok {
+		shown.refused = guard.Refused
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fronts = append(c.fronts, shown)
+}
+
+// complete says that everything has started.
+func (c *console) complete() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.started = true
 }
 
 // open opens the address of the metrics, and the control socket. Only one that was
@@ -219,15 +266,19 @@ func (c *console) close() error {
 
 // Status is the host now.
 func (c *console) Status(ctx context.Context) control.Status {
+	c.mu.Lock()
+	fronts, started := slices.Clone(c.fronts), c.started
+	c.mu.Unlock()
 	s := control.Status{
-		Time: time.Now(), PID: os.Getpid(), Started: c.started, Stopping: c.up.Err() != nil,
-		Fronts: slices.Clone(c.fronts),
+		Time: time.Now(), PID: os.Getpid(), Started: c.began,
+		Starting: !started, Stopping: c.up.Err() != nil,
 	}
-	for i, refused := range c.refuse {
-		if refused != nil {
-			n := refused()
-			s.Fronts[i].Refused = &n
+	for _, f := range fronts {
+		if f.refused != nil {
+			n := f.refused()
+			f.Refused = &n
 		}
+		s.Fronts = append(s.Fronts, f.Front)
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.file.Transports)) {
 		s.Transports = append(s.Transports, c.transport(ctx, name))
@@ -237,7 +288,7 @@ func (c *console) Status(ctx context.Context) control.Status {
 
 func (c *console) transport(ctx context.Context, name string) control.Transport {
 	config := c.file.Transports[name]
-	t := control.Transport{Name: name, Exec: config.Exec, Role: config.Role, State: control.Ready, Address: c.addrs[name]}
+	t := control.Transport{Name: name, Exec: config.Exec, Role: config.Role, State: control.Starting}
 	if t.Role == "" {
 		t.Role = "client"
 	}
@@ -250,8 +301,10 @@ func (c *console) transport(ctx context.Context, name string) control.Transport 
 		t.Signals = "command"
 	}
 	c.mu.Lock()
-	if child := c.children[name]; child != nil {
-		t.State, t.PID, t.LastError = child.state, child.pid, child.lastError
+	opened, ok := c.opened[name]
+	child := c.children[name]
+	if child != nil {
+		t.State, t.PID, t.Progress, t.LastError = child.state, child.pid, child.progress, child.lastError
 		if child.starts > 0 {
 			t.Restarts = child.starts - 1
 		}
@@ -261,10 +314,15 @@ func (c *console) transport(ctx context.Context, name string) control.Transport 
 		}
 	}
 	c.mu.Unlock()
-	if stats, ok := c.stats[name]; ok {
-		if totals, err := stats(ctx); err == nil {
-			t.Stats = &totals
-		}
+	if !ok {
+		return t
+	}
+	if child == nil {
+		t.State = control.Ready // it is somebody else's, who does not tell
+	}
+	t.Address = opened.addr
+	if totals, err := opened.stats(ctx); err == nil {
+		t.Stats = &totals
 	}
 	return t
 }

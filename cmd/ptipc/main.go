@@ -5,6 +5,7 @@
 //	ptipc run HOST.json            # what you have configured
 //	ptipc dial EXE '{…}' host:22   # one connection on standard input and output
 //	ptipc bench EXE '{…}'          # how fast is it?
+//	ptipc conform -- EXE '{…}'     # does it keep to the specification?
 package main
 
 import (
@@ -87,7 +88,7 @@ configuration, 69 when something needed is not there.`,
 			panic(err) // the flag was defined three lines above
 		}
 	}
-	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newSIP003(&o), newBench(&o), newLaunch())
+	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newSIP003(&o), newConform(), newBench(&o), newLaunch())
 	return root
 }
 

@@ -115,6 +115,7 @@ type tool struct {
 	cmd   *exec.Cmd
 	front string // the address of its first front
 	out   *lockedBuffer
+	up    chan struct{} // closed when everything has started
 	ended chan error
 }
 
@@ -156,11 +157,19 @@ func startTool(t testing.TB, args ...string) *tool {
 // startToolBy runs it by a command that executes another.
 func startToolBy(t testing.TB, by []string, args ...string) *tool {
 	t.Helper()
+	r := beginTool(t, by, args...)
+	r.awaitUp(t)
+	return r
+}
+
+// beginTool runs it and does not wait.
+func beginTool(t testing.TB, by []string, args ...string) *tool {
+	t.Helper()
 	cmd := toolCommand(context.Background(), t, append([]string{"run"}, args...)...)
 	if len(by) > 0 {
 		cmd.Path, cmd.Args = by[0], append(by, cmd.Args...)
 	}
-	r := &tool{cmd: cmd, out: new(lockedBuffer), ended: make(chan error, 1)}
+	r := &tool{cmd: cmd, out: new(lockedBuffer), up: make(chan struct{}), ended: make(chan error, 1)}
 	stdout, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -169,7 +178,6 @@ func startToolBy(t testing.TB, by []string, args ...string) *tool {
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	up := make(chan struct{})
 	go func() {
 		address := regexp.MustCompile(`^front .* on (\S+), through`)
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
@@ -179,21 +187,26 @@ func startToolBy(t testing.TB, by []string, args ...string) *tool {
 				r.front = m[1]
 			}
 			if strings.HasPrefix(line, "press Ctrl-C") {
-				close(up)
+				close(r.up)
 			}
 		}
 		r.ended <- r.cmd.Wait()
 	}()
 	t.Cleanup(func() { r.stop(t) })
+	return r
+}
+
+// awaitUp waits until it says that everything has started.
+func (r *tool) awaitUp(t testing.TB) {
+	t.Helper()
 	select {
-	case <-up:
+	case <-r.up:
 	case err := <-r.ended:
 		r.ended <- err
 		t.Fatalf("ptipc run has ended: %v\n%s", err, r.out)
 	case <-time.After(30 * time.Second):
 		t.Fatalf("ptipc run is not up after 30 s\n%s", r.out)
 	}
-	return r
 }
 
 // stop ends the tool as Ctrl-C does and reports how it ended.

@@ -175,6 +175,9 @@ func (o *opener) env(name, state string) ptipc.Env {
 		Signals: signals,
 		Status: func(ctx context.Context, attrs ...slog.Attr) {
 			log.LogAttrs(ctx, slog.LevelInfo, "status", attrs...)
+			if o.console != nil {
+				o.console.progress(name, attrs)
+			}
 		},
 	}
 }

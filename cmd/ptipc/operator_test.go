@@ -164,6 +164,96 @@ func TestStatusAndStop(t *testing.T) {
 	}
 }
 
+// slowChild tells of a bootstrap that goes on until somebody opens the FIFO "go" beside it.
+const slowChild = `#!/usr/bin/env python3
+import os, socket, sys
+s = socket.create_server(("127.0.0.1", 0))
+print('VERSION 1\nSTATUS TRANSPORT=x PROGRESS=40 SUMMARY="waits for a \\x1b[2Jkey"', flush=True)
+open(os.path.join(os.path.dirname(sys.argv[0]), "go")).close()
+print("CMETHOD x socks5 127.0.0.1:%d\nCMETHODS DONE" % s.getsockname()[1], flush=True)
+sys.stdin.read()
+`
+
+// A host that is still starting can be looked at, handed signals, and stopped: a slow
+// bootstrap is when people ask.
+func TestStatusWhileStarting(t *testing.T) {
+	testpeer.Need(t, "python3")
+	path := runtimeDir(t)
+	dir := t.TempDir()
+	child, gate := filepath.Join(dir, "child"), filepath.Join(dir, "go")
+	if err := os.WriteFile(child, []byte(slowChild), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	document := writeConfig(t, map[string]any{
+		"transports": map[string]any{"a": map[string]any{"exec": "builtin:direct"}, "slow": map[string]any{"exec": child, "plain": true, "sandbox": map[string]any{"read": []string{gate}}}, "z": map[string]any{"exec": "builtin:direct"}},
+		"fronts":     []any{map[string]any{"listen": "tcp://127.0.0.1:0", "serve": "socks5", "transport": "slow"}},
+		"metrics":    "tcp://127.0.0.1:0",
+	})
+	// begin runs a host until its second transport waits.
+	begin := func() (host *tool, s control.Status) {
+		host = beginTool(t, nil, document)
+		for deadline := time.Now().Add(30 * time.Second); ; {
+			var err error
+			if s, err = control.NewClient(path).Status(t.Context()); err == nil && len(s.Transports) == 3 && s.Transports[1].Progress != "" {
+				return host, s
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("no status in time: %+v %v\n%s", s, err, host.out)
+			}
+		}
+	}
+	host, s := begin()
+	a, slow, z := s.Transports[0], s.Transports[1], s.Transports[2]
+	if !s.Starting || s.Stopping || len(s.Fronts) != 0 {
+		t.Errorf("%+v", s)
+	}
+	if a.State != control.Ready || a.Stats == nil || a.PID == 0 {
+		t.Errorf("%+v", a)
+	}
+	if slow.State != control.Starting || slow.PID == 0 || slow.Since != nil || slow.Restarts != 0 || slow.Stats != nil || !strings.Contains(slow.Progress, "PROGRESS=40") {
+		t.Errorf("%+v", slow)
+	}
+	if z.State != control.Starting || z.PID != 0 {
+		t.Errorf("%+v", z)
+	}
+	out := must(t, "", "status")
+	for _, line := range []string{`(?m)^host: process \d+, starting, `, `(?m)^slow +\S+child +client +starting +\d+ +- +0 `, `slow, last status: .*SUMMARY="?waits for a`} {
+		if !regexp.MustCompile(line).MatchString(out) {
+			t.Errorf("there is no %s in\n%s", line, out)
+		}
+	}
+	if strings.Contains(out, "\x1b") {
+		t.Errorf("%q moves the cursor", out)
+	}
+	if got := must(t, "", "signal", "add", "slow", `{"body":{}}`); got != "handed to slow\n" {
+		t.Error(got)
+	}
+	if err := os.WriteFile(gate, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	host.awaitUp(t)
+	awaitStatus(t, path, func(s control.Status) bool {
+		return !s.Starting && s.Transports[1].State == control.Ready && s.Transports[2].State == control.Ready && len(s.Fronts) == 1
+	})
+	if err := host.stop(t); err != nil {
+		t.Error(err)
+	}
+
+	host, s = begin()
+	if out := must(t, "", "stop"); !strings.Contains(out, "has ended") {
+		t.Error(out)
+	}
+	if err := host.stop(t); err != nil {
+		t.Errorf("a host that was stopped while it started ended with %v\n%s", err, host.out)
+	}
+	if err := syscall.Kill(s.Transports[1].PID, 0); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("the child that was starting is there: %v", err)
+	}
+}
+
 // A watch goes on until Ctrl-C, and ends with 69 when the host does.
 func TestWatch(t *testing.T) {
 	runtimeDir(t)
@@ -385,7 +475,7 @@ func TestConsoleOfAnAttachedChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := newConsole(file, nil, nil)
+	c, err := newConsole(t.Context(), func() {}, file, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -45,9 +45,9 @@ Datagrams go to addresses, never to names.
 Other users of this machine are refused at every front. Ctrl-C ends everything
 that was started; a second one does so at once.
 
-While it runs, ptipc status shows what it does, ptipc signal carries the messages
-of its transports by hand, and ptipc stop ends it. They find it by its control
-socket, which is for the same user alone. A second host of one user goes without
+While it starts and runs, ptipc status shows what it does, ptipc signal carries the
+messages of its transports by hand, and ptipc stop ends it. They find it by its
+control socket, which is for the same user alone. A second host of one user goes without
 it, and says so, unless --control gives it one of its own.
 
 A front's "via" puts an adapter over a transport whose far end is fixed: free opens one
@@ -154,7 +154,7 @@ type runningFront struct {
 func (r *runner) run(ctx context.Context, file *config.File, p *proof, check bool) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	console, err := newConsole(file, r.out, r.opener.log)
+	console, err := newConsole(ctx, cancel, file, r.out, r.opener.log)
 	if err != nil {
 		return err
 	}
@@ -169,6 +169,9 @@ func (r *runner) run(ctx context.Context, file *config.File, p *proof, check boo
 			err = errors.Join(errSaid, ptipc.ExitCode(1))
 		}
 	}()
+	if err := console.open(r.control, check); err != nil {
+		return err
+	}
 	if err := r.start(ctx, file); err != nil {
 		if ctx.Err() != nil {
 			return nil // Ctrl-C during the start
@@ -177,13 +180,13 @@ func (r *runner) run(ctx context.Context, file *config.File, p *proof, check boo
 	}
 	if p != nil {
 		if err := r.prove(ctx, p); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
 			return fmt.Errorf("the proof failed: %w", err)
 		}
 	}
-	console.follow(ctx, r, cancel)
-	if err := console.open(r.control, check); err != nil {
-		return err
-	}
+	console.complete()
 	if check {
 		return nil
 	}
@@ -207,6 +210,7 @@ func (r *runner) start(ctx context.Context, file *config.File) error {
 			return err
 		}
 		r.transports[name] = transport
+		r.opener.console.client(name, transport)
 		what := t.Exec
 		if what == "" {
 			what = "a child that runs already"
@@ -263,6 +267,7 @@ func (r *runner) startServer(ctx context.Context, name string, t config.Transpor
 		go func() { running.ended <- server.Serve(listener) }()
 		where = "delivering to " + t.Deliver
 	}
+	r.opener.console.server(name, r.servers[name])
 	fmt.Fprintf(r.out, "server %s: %s is ready after %v, on %s, %s\n", name, t.Exec,
 		time.Since(began).Round(time.Millisecond), r.servers[name].Addr(), where)
 	return nil
@@ -313,6 +318,7 @@ func (r *runner) startFront(f config.Front) error {
 	running := &runningFront{Front: f, adapted: transport, server: server, listener: listener, ended: make(chan error, 1)}
 	r.fronts = append(r.fronts, running)
 	go func() { running.ended <- server.Serve(listener) }()
+	r.opener.console.front(running)
 	fmt.Fprintf(r.out, "front %s: %s on %s, through %s\n", f.Listen, f.Serve, listener.Addr(), strings.Join(append(f.Adapters(), f.Through()), " over "))
 	return nil
 }
@@ -337,6 +343,7 @@ func (r *runner) startPackets(f config.Front) error {
 	running := &runningFront{Front: f, server: server, listener: packetFront{conn}, ended: make(chan error, 1)}
 	r.fronts = append(r.fronts, running)
 	go func() { running.ended <- server.Serve(conn) }()
+	r.opener.console.front(running)
 	fmt.Fprintf(r.out, "front %s: datagrams to %s on %s, through %s of %s\n", f.Listen, to, conn.LocalAddr(), name, f.Transport)
 	return nil
 }

@@ -42,7 +42,8 @@ func newStatus() *cobra.Command {
 		Short: "Show what a running host does",
 		Long: `Shows the transports and fronts of a host that was started with ptipc run:
 whether they are ready, how often their children were restarted and why, what they
-carry and how fast. Rates are measured for one second.
+carry and how fast. Rates are measured for one second. A host that is still starting
+answers as well: a transport is then starting, with the last status that it told.
 
 --watch shows it anew each second, as a live view on a terminal and otherwise as
 one line for each transport. The exit code is 69 when no host runs.
@@ -154,8 +155,11 @@ func redraw(out io.Writer, s control.Status) error {
 // writeStatus writes the status as tables for people.
 func writeStatus(out io.Writer, s control.Status) error {
 	state := "up"
-	if s.Stopping {
+	switch {
+	case s.Stopping:
 		state = "stopping, up"
+	case s.Starting:
+		state = "starting, up"
 	}
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "host: process %d, %s for %s\n\n", s.PID, state, elapsed(s.Time, s.Started))
@@ -192,6 +196,10 @@ func writeStatus(out io.Writer, s control.Status) error {
 	for _, t := range s.Transports {
 		if t.Address != "" {
 			_, e := fmt.Fprintf(out, "\n%s listens on %s\n", t.Name, printable(t.Address))
+			err = errors.Join(err, e)
+		}
+		if t.Progress != "" {
+			_, e := fmt.Fprintf(out, "\n%s, last status: %s\n", t.Name, printable(t.Progress))
 			err = errors.Join(err, e)
 		}
 		if t.LastError != "" {

@@ -50,7 +50,7 @@ func TestConsoleEvents(t *testing.T) {
 		event host.Event
 		want  childState
 	}{
-		{host.Event{Kind: host.Started, Pid: 1}, childState{state: control.Restarting, pid: 1, starts: 1}},
+		{host.Event{Kind: host.Started, Pid: 1}, childState{state: control.Starting, pid: 1, starts: 1}},
 		{host.Event{Kind: host.Ready, Pid: 1}, childState{state: control.Ready, pid: 1, starts: 1}},
 		{host.Event{Kind: host.Exited, Pid: 1, Err: ptipc.ExitSoftware}, childState{state: control.Ended, starts: 1, lastError: ptipc.ExitSoftware.Error()}},
 		{host.Event{Kind: host.Restarting}, childState{state: control.Restarting, starts: 1, lastError: ptipc.ExitSoftware.Error()}},

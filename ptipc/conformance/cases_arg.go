@@ -13,71 +13,21 @@ import (
 	"pthost/ptipc"
 )
 
-// argCases are about the command line and the configuration.
+// argCases are about a client's command line.
 var argCases = []Case{
 	must("LIFE-1/ready", func(t *trial) {
 		t.ready(launch{})
 	}),
 	must("ARG-2/no-role", func(t *trial) {
-		t.starts(launch{args: []string{t.suite.config()}})
+		t.starts(launch{args: []string{t.config()}})
 	}),
 	must("ARG-2/client", func(t *trial) {
 		t.extended()
-		t.starts(launch{args: []string{"client", t.suite.config()}})
-	}),
-	must("ARG-3/not-an-object", func(t *trial) {
-		for _, config := range []string{"", "{", "nonsense", "null", "[]", `"{}"`, "{} {}", "{}x", "{\"a\":\"\xff\"}"} {
-			t.showText(fmt.Sprintf("CONFIG is %q", config))
-			t.exit(t.start(launch{args: []string{config}}), fmt.Sprintf("for CONFIG %q", config), 65)
-		}
-	}),
-	must("ARG-3/shape", func(t *trial) {
-		t.exit(t.start(launch{args: []string{}}), "without CONFIG", 64)
-		config := t.suite.config()
-		t.exit(t.start(launch{args: []string{"client", config, "{}", config, "{}"}}), "for two arguments too many", 64)
-	}),
-
-	must("ARG-4/standard-input", func(t *trial) {
-		t.extended()
-		c := t.start(launch{args: []string{"client", "-"}, first: t.suite.firstLine(0)})
-		t.getsReady(c)
-		t.open(c, t.dest(c))
+		t.starts(launch{args: []string{Client, t.config()}})
 	}),
 	must("ARG-4/no-role", func(t *trial) {
 		t.extended()
-		t.starts(launch{args: []string{"-"}, first: t.suite.firstLine(0)})
-	}),
-	must("ARG-4/largest", func(t *trial) {
-		t.extended()
-		t.starts(launch{args: []string{"client", "-"}, first: t.suite.firstLine(1<<20 - 1)})
-	}),
-	must("ARG-4/too-large", func(t *trial) {
-		t.extended()
-		t.exit(t.start(launch{args: []string{"client", "-"}, first: t.suite.firstLine(1<<20 + 1)}), "for a line of more than 1 MiB", 65)
-	}),
-	must("ARG-4/not-json", func(t *trial) {
-		t.extended()
-		for _, line := range []string{"nonsense", "[]", `{"config":[]}`, "{\"config\":{\"a\":\"\xff\"}}"} {
-			t.exit(t.start(launch{args: []string{"client", "-"}, first: []byte(line)}), fmt.Sprintf("for the line %q", line), 65)
-		}
-	}),
-	slow(must("ARG-4/no-line", func(t *trial) {
-		t.extended()
-		c := t.start(launch{args: []string{"client", "-"}})
-		select {
-		case <-c.proc.Done():
-		case <-time.After(limit):
-		case <-t.ctx.Done():
-		}
-		t.exit(c, "after 10 seconds without a line", 65)
-	})),
-
-	must("ARG-5/unknown-keys", func(t *trial) {
-		t.extended()
-		unknown := map[string]any{grease(): []int{1}, grease(): map[string]any{"uid": "x"}, grease(): nil}
-		t.starts(launch{host: unknown})
-		line := fmt.Sprintf(`{"config":%s,"host":%s}`, t.suite.config(), t.suite.host(unknown))
-		t.starts(launch{args: []string{"client", "-"}, first: []byte(line)})
+		t.starts(launch{args: []string{"-"}, input: 1})
 	}),
 	should("ARG-5/listen-unix", func(t *trial) {
 		t.extended()
@@ -87,19 +37,66 @@ var argCases = []Case{
 		}
 		t.open(c, t.dest(c))
 	}),
+}
 
+// commandLineCases are about the command line in any role.
+var commandLineCases = []Case{
+	must("ARG-3/not-an-object", func(t *trial) {
+		for _, config := range []string{"", "{", "nonsense", "null", "[]", `"{}"`, "{} {}", "{}x", "{\"a\":\"\xff\"}"} {
+			t.showText(fmt.Sprintf("CONFIG is %q", config))
+			t.exit(t.start(launch{args: t.shortest(config)}), fmt.Sprintf("for CONFIG %q", config), 65)
+		}
+	}),
+	must("ARG-3/shape", func(t *trial) {
+		t.exit(t.start(launch{args: t.shortest()}), "without CONFIG", 64)
+		config := t.config()
+		t.exit(t.start(launch{args: []string{t.suite.subject.Role, config, "{}", config, "{}"}}), "for two arguments too many", 64)
+	}),
+	must("ARG-4/standard-input", func(t *trial) {
+		t.extended()
+		_, works := t.working(launch{input: 1})
+		works()
+	}),
+	must("ARG-4/largest", func(t *trial) {
+		t.extended()
+		t.starts(launch{input: 1<<20 - 1})
+	}),
+	must("ARG-4/too-large", func(t *trial) {
+		t.extended()
+		t.exit(t.start(launch{input: 1<<20 + 1}), "for a line of more than 1 MiB", 65)
+	}),
+	must("ARG-4/not-json", func(t *trial) {
+		t.extended()
+		for _, line := range []string{"nonsense", "[]", `{"config":[]}`, "{\"config\":{\"a\":\"\xff\"}}"} {
+			t.exit(t.start(launch{args: []string{t.suite.subject.Role, "-"}, first: []byte(line)}), fmt.Sprintf("for the line %q", line), 65)
+		}
+	}),
+	slow(must("ARG-4/no-line", func(t *trial) {
+		t.extended()
+		c := t.start(launch{args: []string{t.suite.subject.Role, "-"}})
+		select {
+		case <-c.proc.Done():
+		case <-time.After(limit):
+		case <-t.ctx.Done():
+		}
+		t.exit(c, "after 10 seconds without a line", 65)
+	})),
+}
+
+// configCases are about the configuration, or the options, in any role.
+var configCases = []Case{
 	must("CFG-1/refused", func(t *trial) {
 		c, _ := t.refused(`"x"`)
 		t.exit(c, "for a configuration with a key that the child does not know", 78)
-		if len(c.with("CMETHOD-ERROR")) == 0 && len(c.stderr()) == 0 {
-			t.fell("a CMETHOD-ERROR line, or a word on standard error", "neither")
+		if len(c.with(c.errorWord())) == 0 && len(c.stderr()) == 0 {
+			t.fell("a line "+c.errorWord()+", or a word on standard error", "neither")
 		}
 	}),
 	must("CFG-2/secret", func(t *trial) {
 		secret := "hunter2" + grease()
 		values := []string{`"` + secret + `"`, `{"` + secret + `":1}`, `["` + secret + `"]`}
 		for i, word := range []string{"secret", "password", "token", "key", "psk", "private"} {
-			c := t.start(launch{config: t.suite.withKey(grease()+"_"+word, values[i%len(values)])})
+			c := t.start(launch{config: t.withKey(grease()+"_"+word, values[i%len(values)])})
 			t.settled(c)
 			t.keepsSecret(c, secret)
 		}
@@ -108,14 +105,14 @@ var argCases = []Case{
 		t.keepsSecret(c, secret)
 	}),
 	should("CFG-2/unknown-key", func(t *trial) {
-		c := t.start(launch{config: t.suite.withKey(grease(), "1")})
+		c := t.start(launch{config: t.withKey(grease(), "1")})
 		if t.settled(c) {
 			t.fell("a refusal of a key that nobody knows", "the child got ready")
 		}
 	}),
 	should("CFG-2/twice", func(t *trial) {
 		key, value := t.firstKey()
-		if t.settled(t.start(launch{config: t.suite.withKey(key, value)})) {
+		if t.settled(t.start(launch{config: t.withKey(key, value)})) {
 			t.fell(fmt.Sprintf("a refusal of a configuration with the key %q twice", key), "the child got ready")
 		}
 	}),
@@ -125,16 +122,43 @@ var argCases = []Case{
 		if other == key {
 			other = strings.ToLower(key)
 		}
-		if t.settled(t.start(launch{config: t.suite.withKey(other, value)})) {
+		if t.settled(t.start(launch{config: t.withKey(other, value)})) {
 			t.fell(fmt.Sprintf("a refusal of a configuration with the key %q beside %q", other, key), "the child got ready")
 		}
+	}),
+	must("LIFE-9/exit-code", func(t *trial) {
+		// What the code has to be for these, other cases say. Here it is that there is one.
+		for _, args := range [][]string{t.shortest(), t.shortest("nonsense"), t.shortest(t.withKey(grease(), "1"))} {
+			c := t.start(launch{args: args})
+			if t.settled(c) {
+				continue // it knows every key
+			}
+			t.anyExit(c)
+		}
+	}),
+	should("LIFE-9/standard-error", func(t *trial) {
+		c := t.start(launch{args: t.shortest("nonsense")})
+		t.anyExit(c)
+		if len(c.stderr()) == 0 {
+			t.fell("a line on standard error that says what was wrong with CONFIG", "nothing")
+		}
+	}),
+}
+
+// announcedCases are about what only a child has that is started by a host and stays.
+var announcedCases = []Case{
+	must("ARG-5/unknown-keys", func(t *trial) {
+		t.extended()
+		unknown := map[string]any{grease(): []int{1}, grease(): map[string]any{"uid": "x"}, grease(): 1.5}
+		t.starts(launch{host: unknown})
+		t.starts(launch{host: unknown, input: 1})
 	}),
 	should("CFG-2/place", func(t *trial) {
 		c, key := t.refused("1")
 		told := t.methodError(c)
 		for _, want := range []string{"pointer", "problem", "remedy"} {
 			if text, ok := told[want].(string); !ok || text == "" {
-				t.fell("pointer, problem and remedy in the JSON of CMETHOD-ERROR, as strings", "%q is %v", want, told[want])
+				t.fell("pointer, problem and remedy in the JSON of "+c.errorWord()+", as strings", "%q is %v", want, told[want])
 			}
 		}
 		if told["pointer"] != "/"+key {
@@ -152,24 +176,22 @@ var argCases = []Case{
 			t.fell("a message", "%v", told["message"])
 		}
 	}),
-	must("LIFE-9/exit-code", func(t *trial) {
-		// What the code has to be for these, other cases say. Here it is that there is one.
-		fatal := [][]string{{}, {"nonsense"}, {t.suite.withKey(grease(), "1")}}
-		for _, args := range fatal {
-			c := t.start(launch{args: args})
-			if t.settled(c) {
-				continue // it knows every key
-			}
-			t.anyExit(c)
-		}
-	}),
-	should("LIFE-9/standard-error", func(t *trial) {
-		c := t.start(launch{args: []string{"nonsense"}})
-		t.anyExit(c)
-		if len(c.stderr()) == 0 {
-			t.fell("a line on standard error that says what was wrong with CONFIG", "nothing")
-		}
-	}),
+}
+
+// shortest is a command line without HOST and, for a client, without its role.
+func (t *trial) shortest(config ...string) []string {
+	if role := t.suite.subject.Role; role != Client {
+		return append([]string{role}, config...)
+	}
+	return append([]string{}, config...)
+}
+
+// errorWord begins the line that says why a child announces nothing.
+func (c *child) errorWord() string {
+	if c.role == Client {
+		return "CMETHOD-ERROR"
+	}
+	return "SMETHOD-ERROR"
 }
 
 // classes are those of ERR-1.
@@ -182,6 +204,26 @@ func (t *trial) starts(l launch) {
 	c.stop()
 }
 
+// working starts a child, and returns what demands that it works.
+func (t *trial) working(l launch) (c *child, works func()) {
+	switch t.suite.subject.Role {
+	case Server:
+		s := t.serveWith(l)
+		return s.child, func() { s.open().exchange() }
+	case Generate:
+		c = t.start(l)
+		t.getsReady(c)
+		return c, func() { t.generated(c) }
+	}
+	if l.usual() {
+		c = t.ready(l)
+	} else {
+		c = t.start(l)
+		t.getsReady(c)
+	}
+	return c, func() { t.open(c, t.dest(c)) }
+}
+
 func (t *trial) getsReady(c *child) {
 	if !t.settled(c) {
 		t.fellUnready(c)
@@ -189,7 +231,11 @@ func (t *trial) getsReady(c *child) {
 }
 
 func (t *trial) fellUnready(c *child) {
-	t.fell("a CMETHOD and CMETHODS DONE", "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
+	word := strings.TrimSuffix(c.lastWord(), "S DONE")
+	if c.role == Generate {
+		t.fell("an exit with code 0 and what was generated", "none in %v%s", t.suite.patience, t.whyNot(c))
+	}
+	t.fell("a "+word+" and "+c.lastWord(), "neither or one of them in %v%s", t.suite.patience, t.whyNot(c))
 }
 
 // anyExit demands an exit with a code of ERR-4 that is not success.
@@ -204,16 +250,16 @@ func (t *trial) anyExit(c *child) {
 }
 
 // firstLine is {"config":…,"host":…} with blanks to make it so many bytes long.
-func (s *suite) firstLine(length int) []byte {
-	line := fmt.Appendf(nil, `{"config":%s,"host":%s}`, s.config(), s.host(nil))
-	return append(line, bytes.Repeat([]byte(" "), max(0, length-len(line)))...)
+func (s *suite) firstLine(l launch) []byte {
+	line := fmt.Appendf(nil, `{"config":%s,"host":%s}`, l.config, s.host(l.role, l.host))
+	return append(line, bytes.Repeat([]byte(" "), max(0, l.input-len(line)))...)
 }
 
-// withKey is the subject's configuration with one key more, at its end.
-func (s *suite) withKey(key, value string) string {
-	config := strings.TrimSuffix(strings.TrimSpace(s.config()), "}")
+// withKey is a configuration that works with one key more, at its end.
+func (t *trial) withKey(key, value string) string {
+	config := strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(t.config()), "}"))
 	comma := ","
-	if s.subject.Config.Empty() {
+	if config == "{" {
 		comma = ""
 	}
 	return fmt.Sprintf("%s%s%q:%s}", config, comma, key, value)
@@ -222,7 +268,7 @@ func (s *suite) withKey(key, value string) string {
 // firstKey is a key of the subject's configuration.
 func (t *trial) firstKey() (key, value string) {
 	var config map[string]json.RawMessage
-	t.need(json.Unmarshal([]byte(t.suite.config()), &config))
+	t.need(json.Unmarshal([]byte(t.config()), &config))
 	letter := regexp.MustCompile("[A-Za-z]")
 	for _, key := range slices.Sorted(maps.Keys(config)) {
 		if letter.MatchString(key) {
@@ -237,23 +283,23 @@ func (t *trial) firstKey() (key, value string) {
 // ends the case if it takes that.
 func (t *trial) refused(value string) (c *child, key string) {
 	key = grease()
-	c = t.start(launch{config: t.suite.withKey(key, value)})
+	c = t.start(launch{config: t.withKey(key, value)})
 	if t.settled(c) {
 		t.cannot("the child takes keys that it does not know, and the suite knows no other fault of a configuration (CFG-2)")
 	}
 	return c, key
 }
 
-// methodError is the JSON of a CMETHOD-ERROR line.
+// methodError is the JSON of the line that says why nothing is announced.
 func (t *trial) methodError(c *child) map[string]any {
-	lines := c.with("CMETHOD-ERROR")
+	lines := c.with(c.errorWord())
 	if len(lines) == 0 {
-		t.cannot("the child wrote no CMETHOD-ERROR line")
+		t.cannot("the child wrote no line %s", c.errorWord())
 	}
 	_, text, _ := strings.Cut(lines[0], " ")
 	var told map[string]any
 	if err := json.Unmarshal([]byte(text), &told); err != nil {
-		t.fell("CMETHOD-ERROR NAME and a JSON object", "%v", err)
+		t.fell(c.errorWord()+" NAME and a JSON object", "%v", err)
 	}
 	return told
 }

@@ -67,7 +67,11 @@ var endCases = []Case{
 			}
 		}
 	}),
-	mustServer("SOCKS-20/server-clean", func(t *trial) {
+}
+
+// serverEndCases are about the unix socket to which a server delivers.
+var serverEndCases = []Case{
+	must("SOCKS-20/delivered", func(t *trial) {
 		client, host := t.serveMarked().deliver()
 		client.closeWrite()
 		host.end("the end of the wire's client's stream")
@@ -76,7 +80,7 @@ var endCases = []Case{
 		host.close()
 		client.end("the end of the host's stream, which is marked")
 	}),
-	mustServer("SOCKS-20/server-broken-client", func(t *trial) {
+	must("SOCKS-20/broken-wire", func(t *trial) {
 		s := t.serveMarked()
 		for _, half := range []bool{false, true} {
 			client, host := s.deliver()
@@ -91,7 +95,7 @@ var endCases = []Case{
 			host.broken("the stream of the wire's client broke")
 		}
 	}),
-	mustServer("SOCKS-21/server-broken-host", func(t *trial) {
+	must("SOCKS-21/broken-host", func(t *trial) {
 		s := t.serveMarked()
 		for _, half := range []bool{false, true} {
 			client, host := s.deliver()
@@ -119,9 +123,18 @@ func (t *trial) marking() *child {
 
 // serveMarked is serve for a server that marks the ends of streams.
 func (t *trial) serveMarked() *server {
-	s := t.serveWith(true)
+	s := t.serveWith(launch{ends: true})
 	t.marks(s.child, s.method)
 	return s
+}
+
+// deliver is a connection with both of its ends.
+func (s *server) deliver() (client *wire, host *delivery) {
+	if s.method.proxies() {
+		s.t.cannot("the server connects its clients itself")
+	}
+	p := s.open()
+	return p.client, p.host
 }
 
 // marks ends the case for a child that does not mark the ends of streams.

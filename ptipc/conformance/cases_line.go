@@ -11,36 +11,37 @@ import (
 	"pthost/ptipc/localnet"
 )
 
-// lineCases are about the control lines. The last ones look at everything that the
-// children of this run have written.
-var lineCases = []Case{
+// anyLineCases are about the control lines of any child that stays.
+var anyLineCases = []Case{
 	must("LINE-1/skipped", func(t *trial) {
-		c := t.ready(launch{})
+		c, works := t.working(launch{})
 		for _, line := range []string{
 			strings.Repeat("a", 70_000), "STATS " + strings.Repeat("1", 70_000), "STATS 1 " + strings.Repeat("x", 65_536-8),
 			"", " ", " STATS 1", "STATS  1", "STATS\t1", "!", "\x00", "STATS 1\x00", "\xff\xfe", "STATS \xff", "\r", "STATS", "STATS x y z", "STATS -1",
 		} {
 			t.line(c, line)
 		}
-		t.alive(c)
+		t.alive(c, works)
 	}),
 	must("LINE-1/cr", func(t *trial) {
-		c := t.counting(t.ready(launch{}))
+		c, _ := t.working(launch{})
+		t.counting(c)
 		t.line(c, "STATS 4711\r")
 		if !t.until(func() bool { return len(c.with("STATS")) > 0 }) || !strings.HasPrefix(c.with("STATS")[0], "4711 ") {
 			t.fell("the answer STATS 4711 to a line that ends in CR LF", "%q", c.with("STATS"))
 		}
 	}),
 	must("LINE-2/unknown-keyword", func(t *trial) {
-		c := t.ready(launch{})
-		for _, line := range []string{strings.ToUpper(grease()), grease() + " x", "CMETHOD x socks5 127.0.0.1:1", "VERSION 2", "SMESSAGE {}", "-", "_ \"", "stats 1"} {
+		c, works := t.working(launch{})
+		for _, line := range []string{strings.ToUpper(grease()), grease() + " x", "CMETHOD x socks5 127.0.0.1:1", "VERSION 2", "-", "_ \"", "stats 1"} {
 			t.line(c, line)
 		}
-		t.alive(c)
+		t.alive(c, works)
 	}),
 	must("LINE-3/version-first", func(t *trial) {
 		const expected = "VERSION 1 before any line but LOG and STATUS"
-		for _, line := range t.ready(launch{}).lines() {
+		c, _ := t.working(launch{})
+		for _, line := range c.lines() {
 			switch keyword, _, _ := strings.Cut(line.text, " "); {
 			case keyword == "LOG" || keyword == "STATUS":
 				continue
@@ -59,6 +60,10 @@ var lineCases = []Case{
 			t.fell("VERSION-ERROR no-version", "%q", lines)
 		}
 	}),
+}
+
+// lineCases are about what a client announces.
+var lineCases = []Case{
 	must("LINE-4/form", func(t *trial) {
 		form := regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]{0,63} (?:socks5|turn) [^ ]+( ARGS:[^ ]+)?$`)
 		for _, line := range t.child().with("CMETHOD") {
@@ -121,18 +126,12 @@ var lineCases = []Case{
 		}
 	}),
 	must("LINE-7/last", func(t *trial) {
-		c := t.ready(launch{})
-		c.stop()
-		seen := false
-		for _, line := range c.lines() {
-			keyword, _, _ := strings.Cut(line.text, " ")
-			if seen && (keyword == "CMETHOD" || keyword == "CMETHODS") {
-				t.fell("no announcement after CMETHODS DONE", "%q", line.text)
-			}
-			seen = seen || line.text == "CMETHODS DONE"
-		}
+		t.announcesNoMore(t.ready(launch{}))
 	}),
+}
 
+// writtenCases look at everything that the children of this run have written.
+var writtenCases = []Case{
 	should("LINE-1/form", func(t *trial) {
 		form := regexp.MustCompile(`^[A-Za-z0-9_-]+(?: .*)?$`)
 		for _, line := range t.everything() {
@@ -155,12 +154,26 @@ var lineCases = []Case{
 // value is a bare word or a string with C escapes (LINE-9).
 const value = `(?:[^" ][^ ]*|"(?:[^"\\]|\\[abefnrtv'"\\?]|\\[0-7]{1,3}|\\x[0-9A-Fa-f]{1,2})*")?`
 
+// announcesNoMore demands that nothing is announced after the end of the announcements.
+func (t *trial) announcesNoMore(c *child) {
+	c.stop()
+	word := strings.TrimSuffix(c.lastWord(), "S DONE")
+	seen := false
+	for _, line := range c.lines() {
+		keyword, _, _ := strings.Cut(line.text, " ")
+		if seen && (keyword == word || keyword == word+"S") {
+			t.fell("no announcement after "+c.lastWord(), "%q", line.text)
+		}
+		seen = seen || line.text == c.lastWord()
+	}
+}
+
 // alive demands that the child still works, and still reads its standard input.
-func (t *trial) alive(c *child) {
+func (t *trial) alive(c *child, works func()) {
 	if t.method(c).stats() {
 		t.stats(c, "")
 	}
-	t.open(c, t.dest(c))
+	works()
 	if c.ended() {
 		t.fell("a child that goes on", "%v", c.proc.Err())
 	}
@@ -170,9 +183,12 @@ func (t *trial) alive(c *child) {
 // writes that starts, is asked for something that fails, and stops.
 func (t *trial) everything() []outLine {
 	if len(t.suite.lines) == 0 {
-		c := t.ready(launch{})
-		w, _ := t.ask(c, ":1") // whatever it says to that
-		w.close()
+		c, works := t.working(launch{})
+		works()
+		if c.role == Client {
+			w, _ := t.ask(c, ":1") // whatever it says to that
+			w.close()
+		}
 		c.stop()
 		return c.lines()
 	}

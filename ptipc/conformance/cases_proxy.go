@@ -10,20 +10,6 @@ import (
 
 // proxyCases are about an upstream proxy, which the suite runs.
 var proxyCases = []Case{
-	must("PROXY-1/done-first", func(t *trial) {
-		t.extended()
-		c := t.proxied(t.upstream("", "", dialer), "")
-		const expected = "PROXY DONE before the first CMETHOD"
-		for _, line := range c.lines() {
-			switch keyword, _, _ := strings.Cut(line.text, " "); {
-			case line.text == "PROXY DONE":
-				return
-			case keyword == "CMETHOD":
-				t.fell(expected, "%q", line.text)
-			}
-		}
-		t.fell(expected, "none")
-	}),
 	must("PROXY-1/not-around", func(t *trial) {
 		t.extended()
 		// Whoever comes to the canary has gone around the proxy, which leads elsewhere.
@@ -32,8 +18,8 @@ var proxyCases = []Case{
 		t.onEnd(canary.close)
 		proxy := t.upstream("", "", t.toEcho)
 		c := t.proxied(proxy, "")
-		if t.method(c).bound() {
-			t.open(c, anywhere)
+		if t.serverDials(c) {
+			t.open(c, t.dest(c))
 			if len(proxy.requests()) == 0 {
 				t.fell("a request at the proxy", "none")
 			}
@@ -66,21 +52,15 @@ var proxyCases = []Case{
 		t.extended()
 		t.noWayAround("socks5://" + t.nobody())
 	}),
-	must("PROXY-1/unusable", func(t *trial) {
-		t.extended()
-		for _, url := range []string{"http://" + t.nobody(), "socks5://", "nonsense", "socks5://127.0.0.1", "socks5://:1080"} {
-			c := t.noWayAround(url)
-			if !c.ended() {
-				t.fell("PROXY-ERROR and an exit for the proxy URL "+url, "it got ready")
-			}
-		}
-	}),
 	must("PROXY-3/name", func(t *trial) {
 		// SOCKS-13: the name goes to the proxy, which is the one to look it up.
 		t.extended()
 		proxy := t.upstream("", "", t.toEcho)
 		c := t.proxied(proxy, "")
 		t.free(c)
+		if t.serverDials(c) {
+			t.cannot("the destination is the server's to dial, which has no proxy")
+		}
 		for _, name := range []string{grease() + ".invalid:443", "localhost:443"} {
 			t.open(c, name).echo("by name")
 			if asks := proxy.requests(); !slices.Contains(asks, asked{name: true, dest: name}) {
@@ -98,6 +78,36 @@ var proxyCases = []Case{
 			t.fell("user and password at the proxy", "%v", asks)
 		}
 	}),
+}
+
+// anyProxyCases are about the proxy of any child that stays.
+var anyProxyCases = []Case{
+	must("PROXY-1/done-first", func(t *trial) {
+		t.extended()
+		c, _ := t.working(launch{host: map[string]any{"proxy": "socks5://" + t.upstream("", "", dialer).addr()}})
+		word := strings.TrimSuffix(c.lastWord(), "S DONE")
+		expected := "PROXY DONE before the first " + word
+		for _, line := range c.lines() {
+			switch keyword, _, _ := strings.Cut(line.text, " "); {
+			case line.text == "PROXY DONE":
+				return
+			case keyword == word:
+				t.fell(expected, "%q", line.text)
+			}
+		}
+		t.fell(expected, "none")
+	}),
+	must("PROXY-1/unusable", func(t *trial) {
+		t.extended()
+		for _, url := range []string{"http://" + t.nobody(), "socks5://", "nonsense", "socks5://127.0.0.1", "socks5://:1080"} {
+			t.showText("proxy " + url)
+			c := t.start(launch{host: map[string]any{"proxy": url}})
+			if t.settled(c) {
+				t.fell("PROXY-ERROR and an exit for the proxy URL "+url, "it got ready")
+			}
+			t.refusesProxy(c)
+		}
+	}),
 	must("PROXY-3/secret", func(t *trial) {
 		t.extended()
 		secret := grease()
@@ -106,7 +116,7 @@ var proxyCases = []Case{
 			"socks5://user:" + secret + "@", "socks5://user:" + secret + "@%zz:1",
 		} {
 			c := t.start(launch{host: map[string]any{"proxy": url}})
-			if t.settled(c) {
+			if t.settled(c) && c.role == Client {
 				w, _ := t.ask(c, t.dest(c)) // whatever it says to that, it must not say the password
 				w.close()
 			}
@@ -114,6 +124,18 @@ var proxyCases = []Case{
 		}
 	}),
 }
+
+// refusesProxy demands that the child ends because of its proxy, and says so.
+func (t *trial) refusesProxy(c *child) {
+	t.exit(c, "for a proxy that does not work", 69)
+	if len(c.with("PROXY-ERROR")) == 0 {
+		t.fell("a PROXY-ERROR line", "none")
+	}
+}
+
+// serverDials reports whether the child dials its server alone, wherever its client
+// wants to go.
+func (t *trial) serverDials(c *child) bool { return t.method(c).bound() || t.suite.far != nil }
 
 // proxied starts a child that is given a proxy.
 func (t *trial) proxied(proxy *upstream, user string) *child {
@@ -123,7 +145,7 @@ func (t *trial) proxied(proxy *upstream, user string) *child {
 // toEcho is the route of a proxy that leads to the echo server, whatever it is asked
 // for, unless a bound transport needs its own far end.
 func (t *trial) toEcho(ctx context.Context, a asked) (net.Conn, byte) {
-	if t.suite.subject.Echoes {
+	if t.suite.echoes() {
 		return dialer(ctx, a)
 	}
 	return dialer(ctx, asked{dest: t.suite.echo.addr()})
@@ -131,18 +153,15 @@ func (t *trial) toEcho(ctx context.Context, a asked) (net.Conn, byte) {
 
 // noWayAround starts a child whose proxy does not work, and demands that it says so,
 // or that its connections fail.
-func (t *trial) noWayAround(url string) *child {
+func (t *trial) noWayAround(url string) {
 	canary, err := newFarEnd(echo)
 	t.need(err)
 	t.onEnd(canary.close)
 	t.showText("proxy " + url)
 	c := t.start(launch{host: map[string]any{"proxy": url}})
 	if !t.settled(c) {
-		t.exit(c, "for a proxy that does not work", 69)
-		if len(c.with("PROXY-ERROR")) == 0 {
-			t.fell("a PROXY-ERROR line", "none")
-		}
-		return c
+		t.refusesProxy(c)
+		return
 	}
 	dest := t.dest(c)
 	if dest == t.suite.echo.addr() {
@@ -151,5 +170,4 @@ func (t *trial) noWayAround(url string) *child {
 	if _, code := t.ask(c, dest); code == granted || canary.accepted() > 0 {
 		t.fell("a failure when the proxy does not work, and no way around it", "reply %02x, %d connections around it", code, canary.accepted())
 	}
-	return c
 }

@@ -299,16 +299,7 @@ var socksCases = []Case{
 			open = append(open, t.connect(c))
 		}
 		// The child may also bound what it accepts, so that it never runs out.
-		before, calm := -1, 0
-		t.until(func() bool {
-			now := descriptors(c.proc.Pid())
-			if now == before {
-				calm++
-			} else {
-				before, calm = now, 0
-			}
-			return calm > 20 || now >= files
-		})
+		t.calm(func() int { return min(files, descriptors(c.proc.Pid())) })
 		for _, conn := range open {
 			conn.Close()
 		}
@@ -385,6 +376,51 @@ var socksCases = []Case{
 			t.granted(c, h)
 		}
 	}),
+	must("SOCKS-22/descriptors", func(t *trial) {
+		const rounds = 20
+		c := t.ready(launch{})
+		if descriptors(c.proc.Pid()) == 0 {
+			t.cannot("the descriptors of a process cannot be counted here")
+		}
+		round := func() {
+			t.open(c, t.dest(c)).close()
+			half := t.open(c, t.dest(c))
+			half.closeWrite()
+			half.close()
+			refused, _ := t.ask(c, ":1") // whatever it says to that
+			refused.close()
+			begun := t.dial(c)
+			begun.send(greeting(settings))
+			begun.chosen(settings)
+			begun.send([]byte("{"))
+			begun.close()
+		}
+		for range rounds {
+			round() // what is made once is there then
+		}
+		before := t.calm(func() int { return descriptors(c.proc.Pid()) })
+		for range rounds {
+			round()
+		}
+		var after int
+		if !t.until(func() bool { after = descriptors(c.proc.Pid()); return after <= before+rounds/4 }) {
+			t.fell(fmt.Sprintf("as many descriptors as before %d connections", 4*rounds), "%d, before %d", after, before)
+		}
+	}),
+}
+
+// calm waits until a count has stayed the same for a while, and returns it.
+func (t *trial) calm(count func() int) int {
+	before, same := -1, 0
+	t.until(func() bool {
+		now := count()
+		if now != before {
+			before, same = now, 0
+		}
+		same++
+		return same > 20
+	})
+	return before
 }
 
 // nobodyUID is a user of every system who is not the child's.

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"pthost/ptipc"
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/proc"
 )
@@ -26,17 +27,27 @@ const maxKept = 4096
 
 // A launch says how a child is started, where it differs from the usual.
 type launch struct {
+	role   string         // in place of the subject's
 	args   []string       // in place of [ROLE] CONFIG [HOST]
-	config string         // in place of the subject's
-	host   map[string]any // keys added to HOST
-	first  []byte         // a line for standard input
+	config string         // in place of the subject's; must be there in the role server
+	host   map[string]any // keys added to HOST, or taken from it if nil
+	input  int            // not 0: CONFIG and HOST go over standard input, as a line of so many bytes at least
+	first  []byte         // another line for standard input
 	files  int            // how many descriptors the child may have
-	onDone func(*child)   // called as soon as CMETHODS DONE has come
+	onDone func(*child)   // called as soon as the announcements are done
+	post   *post          // who carries the child's signals; nil is that of the far server
+	silent bool           // nobody carries them
+	within *cell          // where it is started; nil is where the suite is
 	// prepare does what a host does in the state directory before the child starts.
 	prepare func(*localnet.Dir) error
 	// ends hands the child memory in which the ends of streams are marked, and says so in
 	// HOST unless args are given.
 	ends bool
+}
+
+// usual reports whether nothing is different that could keep a child from getting ready.
+func (l launch) usual() bool {
+	return l.args == nil && l.config == "" && l.host == nil && l.files == 0 && l.input == 0 && l.role == "" && !l.silent && !l.ends
 }
 
 // outLine is a line of standard output without its LF.
@@ -45,22 +56,29 @@ type outLine struct {
 	cut  bool // longer than LINE-1 allows, or without an LF
 }
 
-// method is a CMETHOD line, read with tolerance: LINE-4 to LINE-6 have cases of their own.
+// method is a CMETHOD or SMETHOD line, read with tolerance: LINE-4 to LINE-6 and SRV-1
+// have cases of their own.
 type method struct{ name, protocol, addr, args string }
 
 func (m method) bound() bool { return strings.Contains(","+m.args+",", ",bound=1,") }
 func (m method) stats() bool { return strings.Contains(","+m.args+",", ",stats=1,") }
 func (m method) ends() bool  { return strings.Contains(","+m.args+",", ",ends=1,") }
 
-var cmethod = regexp.MustCompile(`^CMETHOD (\S+) (\S+) (\S+)(?: ARGS:(.*))?$`)
+var (
+	cmethod = regexp.MustCompile(`^CMETHOD (\S+) (\S+) (\S+)(?: ARGS:(.*))?$`)
+	smethod = regexp.MustCompile(`^SMETHOD (\S+) ()(\S+)(?: ARGS:(.*))?$`)
+)
 
 // A child is a process that is looked at, with a state directory and a home of its own.
 type child struct {
-	proc  *proc.Process
-	base  string // holds state, home and the like
-	dir   *localnet.Dir
-	ends  *localnet.Ends // nil if it was given none
-	nextN uint64         // of a STATS
+	proc    *proc.Process
+	started chan struct{} // closed when proc is there
+	role    string
+	within  *cell
+	base    string // holds state, home and the like
+	dir     *localnet.Dir
+	ends    *localnet.Ends // nil if it was given none
+	nextN   uint64         // of a STATS
 
 	mu     sync.Mutex
 	out    []outLine
@@ -78,16 +96,37 @@ const (
 	homeDir  = "home" // the homes are all this one
 )
 
-func (s *suite) config() string {
-	if s.subject.Config.Empty() {
+// object is an Opaque as text.
+func object(o ptipc.Opaque) string {
+	if o.Empty() {
 		return "{}"
 	}
-	return string(s.subject.Config)
+	return string(o)
 }
 
-func (s *suite) host(more map[string]any) string {
+// config is a configuration that works for the subject's role: options for generate.
+func (t *trial) config() string {
+	s := t.suite
+	switch {
+	case s.subject.Role == Generate:
+		return object(s.subject.Generate)
+	case len(s.subject.Generate) == 0:
+		return object(s.subject.Config)
+	case s.subject.Role == Server:
+		return t.pair().server
+	}
+	return t.farServer().client
+}
+
+// host is HOST with some keys more. A server is told to deliver where nobody may
+// listen: what only starts delivers nothing.
+func (s *suite) host(role string, more map[string]any) string {
 	host := map[string]any{"version": []int{1}, "listen": "tcp"}
+	if role == Server {
+		host["deliver"] = "unix:" + deliverName
+	}
 	maps.Copy(host, more)
+	maps.DeleteFunc(host, func(_ string, value any) bool { return value == nil })
 	text, err := json.Marshal(host)
 	if err != nil {
 		panic(err) // the cases pass strings, numbers and lists alone
@@ -95,24 +134,16 @@ func (s *suite) host(more map[string]any) string {
 	return string(text)
 }
 
-// arguments are the usual ones: EXE CONFIG for a plain child, else EXE client CONFIG HOST.
-func (s *suite) arguments(l launch) []string {
-	if l.args != nil {
-		return l.args
-	}
-	config := l.config
-	if config == "" {
-		config = s.config()
-	}
-	if s.subject.Plain {
+// words are the arguments before which the executable's own stand: EXE CONFIG for a
+// plain client, else EXE ROLE CONFIG HOST.
+func (s *suite) words(role, config string, more map[string]any) []string {
+	switch {
+	case s.subject.Plain && role == Client:
 		return []string{config}
+	case s.subject.Plain || role == Generate:
+		return []string{role, config}
 	}
-	host := l.host
-	if l.ends {
-		host = maps.Clone(host)
-		host["ends"] = endsFD
-	}
-	return []string{"client", config, s.host(host)}
+	return []string{role, config, s.host(role, more)}
 }
 
 // endsFD is the descriptor that a child with ends is given.
@@ -120,7 +151,38 @@ const endsFD = 3
 
 // start starts a child, which is stopped at the end of the case.
 func (t *trial) start(l launch) *child {
-	c, err := t.suite.start(t.ctx, l)
+	if l.role == "" {
+		l.role = t.suite.subject.Role
+	}
+	if l.config == "" && (l.args == nil || l.input > 0) {
+		l.config = t.config()
+	}
+	if l.ends {
+		host := map[string]any{"ends": endsFD}
+		maps.Copy(host, l.host)
+		l.host = host
+	}
+	if l.input > 0 {
+		l.first = t.suite.firstLine(l)
+	}
+	switch {
+	case l.args != nil:
+	case l.input > 0:
+		l.args = []string{l.role, "-"}
+	default:
+		l.args = t.suite.words(l.role, l.config, l.host)
+	}
+	if l.post == nil && l.role == Client && t.suite.far != nil && !l.silent {
+		l.post = t.suite.far.post
+	}
+	var c *child
+	var err error
+	start := func() { c, err = t.suite.start(t.ctx, l) }
+	if l.within != nil {
+		l.within.run(start)
+	} else {
+		start()
+	}
 	t.need(err)
 	t.onEnd(c.stop)
 	t.onEnd(func() { t.suite.keep(c) })
@@ -133,7 +195,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &child{base: base}
+	c := &child{base: base, within: l.within, role: l.role, started: make(chan struct{})}
 	state, home := filepath.Join(base, stateDir), filepath.Join(base, homeDir)
 	if err := errors.Join(os.Mkdir(state, 0o700), os.Mkdir(home, 0o700)); err != nil {
 		return nil, err
@@ -164,7 +226,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 			c.ends, files = ends, []*os.File{file}
 		}
 	}
-	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], s.arguments(l)...)
+	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], l.args...)
 	if l.files > 0 {
 		if runtime.GOOS == "windows" {
 			_ = c.dir.Close()
@@ -181,7 +243,10 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 				c.out = append(c.out, outLine{string(line), truncated})
 			}
 			c.mu.Unlock()
-			if l.onDone != nil && string(line) == "CMETHODS DONE" {
+			if l.post != nil {
+				l.post.collect(c, string(line))
+			}
+			if l.onDone != nil && string(line) == c.lastWord() {
 				l.onDone(c)
 			}
 		},
@@ -198,6 +263,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 		_ = c.dir.Close()
 		return nil, err
 	}
+	close(c.started)
 	if l.first != nil {
 		if err := c.proc.WriteLine(l.first); err != nil {
 			c.stop()
@@ -218,7 +284,7 @@ func (c *child) stop() {
 
 // keep remembers what a child has written for the cases about its lines.
 func (s *suite) keep(c *child) {
-	if len(s.lines) < maxKept {
+	if len(s.lines) < maxKept && c.role != Generate { // what is generated are no control lines
 		s.lines = append(s.lines, c.lines()...)
 	}
 }
@@ -275,22 +341,29 @@ func (c *child) with(keyword string) []string {
 }
 
 func (c *child) methods() []method {
+	form := cmethod
+	if c.role == Server {
+		form = smethod
+	}
 	var methods []method
 	for _, line := range c.lines() {
-		if m := cmethod.FindStringSubmatch(line.text); m != nil && !line.cut {
+		if m := form.FindStringSubmatch(line.text); m != nil && !line.cut {
 			methods = append(methods, method{m[1], m[2], m[3], m[4]})
 		}
 	}
 	return methods
 }
 
-func (c *child) done() bool {
-	for _, rest := range c.with("CMETHODS") {
-		if rest == "DONE" {
-			return true
-		}
+// lastWord ends the announcements.
+func (c *child) lastWord() string {
+	if c.role == Server {
+		return "SMETHODS DONE"
 	}
-	return false
+	return "CMETHODS DONE"
+}
+
+func (c *child) done() bool {
+	return slices.ContainsFunc(c.lines(), func(line outLine) bool { return line.text == c.lastWord() && !line.cut })
 }
 
 func (c *child) ended() bool {
@@ -302,16 +375,20 @@ func (c *child) ended() bool {
 	}
 }
 
-// settled waits until the child is ready or has ended, and reports whether it is ready.
+// settled waits until the child is ready or has ended, and reports whether it is ready,
+// which in the role generate it is when it has done its work.
 func (t *trial) settled(c *child) bool {
 	t.until(func() bool { return c.done() || c.ended() })
+	if c.role == Generate {
+		return c.ended() && ptipc.ExitCodeOf(c.proc.Err()) == ptipc.ExitOK
+	}
 	return c.done() && len(c.methods()) > 0
 }
 
 // ready starts a child and waits until it is ready. One that gets ready with its own
 // arguments but not with these is no fault of its own making.
 func (t *trial) ready(l launch) *child {
-	usual := l.args == nil && l.config == "" && l.host == nil && l.files == 0
+	usual := l.usual()
 	if usual && t.suite.unready {
 		t.cannot("the child did not get ready before")
 	}
@@ -349,7 +426,11 @@ func (t *trial) child() *child {
 		s.dropShared()
 	}
 	if s.shared == nil {
-		c, err := s.start(t.ctx, launch{})
+		l := launch{role: Client, args: s.words(Client, t.config(), nil)}
+		if s.far != nil {
+			l.post = s.far.post
+		}
+		c, err := s.start(t.ctx, l)
 		t.need(err)
 		s.shared = c
 	}
@@ -358,9 +439,12 @@ func (t *trial) child() *child {
 	return s.shared
 }
 
-// method is the connection factory that the subject names.
+// method is the connection factory that the subject names, or what a server offers.
 func (t *trial) method(c *child) method {
 	methods, name := c.methods(), t.suite.subject.Factory
+	if c.role == Server && len(methods) > 0 {
+		return methods[0]
+	}
 	methods = slices.DeleteFunc(methods, func(m method) bool { return m.protocol == turnProtocol })
 	for _, m := range methods {
 		if m.name == name || name == "" && len(methods) == 1 {

@@ -81,7 +81,12 @@ func connect(ctx context.Context, c *child, m method) (net.Conn, error) {
 	if addr.Unix() {
 		return c.dir.Dial(ctx, addr.Name())
 	}
-	return localnet.DialTCP(ctx, addr)
+	if c.within == nil {
+		return localnet.DialTCP(ctx, addr)
+	}
+	var conn net.Conn
+	c.within.run(func() { conn, err = localnet.DialTCP(ctx, addr) })
+	return conn, err
 }
 
 // send writes the parts as one segment. A write that fails ends nothing: what the
@@ -247,10 +252,7 @@ func (t *trial) dest(c *child) string {
 
 // settings are those that a connection of the subject needs, as raw JSON.
 func (t *trial) settings() string {
-	if t.suite.subject.Settings.Empty() {
-		return "{}"
-	}
-	return string(t.suite.subject.Settings)
+	return object(t.suite.subject.Settings)
 }
 
 // shake runs a handshake step by step, as the simplest of clients would, and
@@ -297,10 +299,13 @@ func (t *trial) open(c *child, dest string) *wire {
 
 // echoing ends the case when bytes do not come back from the far end.
 func (t *trial) echoing(c *child) {
-	if t.method(c).bound() && !t.suite.subject.Echoes {
+	if t.method(c).bound() && !t.suite.echoes() {
 		t.cannot("nothing is known about where the bound factory leads; give it an echo server and set Subject.Echoes")
 	}
 }
+
+// echoes reports whether a bound factory leads to an echo server.
+func (s *suite) echoes() bool { return s.subject.Echoes || s.far != nil }
 
 // free ends the case for a bound factory.
 func (t *trial) free(c *child) {

@@ -2,9 +2,11 @@ package conformance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"regexp"
 	"slices"
 	"strconv"
@@ -21,16 +23,18 @@ type Subject struct {
 	Path string
 	// Args are the executable's own arguments, before the role.
 	Args []string
-	// Role is the side that is looked at: "client", which is also "", or "server".
+	// Role is what is looked at: [Client], which is also "", [Server] or [Generate].
 	Role string
 	// Generate are options with which the child, in the role generate, makes
 	// configurations for a server that listens on this machine's loopback and for its
-	// client. With them, a server is started with what was generated, and reached
-	// through the child's own client. Without them, a server is started with Config and
-	// its wire has to be plain TCP.
+	// client. With them, each side is started with what was generated, a server is
+	// reached through the child's own client, and a client through a server that
+	// leads to the suite. Without them, a server is started with Config and its wire
+	// has to be plain TCP, and the role generate can be asked little.
 	Generate ptipc.Opaque
-	// Config is a configuration that works. It stands on the child's command line,
-	// where other users of the machine can read it: use one without secrets of worth.
+	// Config is a configuration that works, unless there is Generate. It stands on the
+	// child's command line, where other users of the machine can read it: use one
+	// without secrets of worth.
 	Config ptipc.Opaque
 	// Plain says that the child takes neither HOST nor "-" (ARG-6). Cases that need
 	// them cannot run.
@@ -43,10 +47,18 @@ type Subject struct {
 	// cannot reach this machine's loopback. "" is one that the suite runs, which lets
 	// it look at the far end too. A bound transport has none.
 	Dest string
-	// Echoes says that what a bound transport leads to is an echo server. Without
-	// one, cases that need bytes to come back cannot run.
+	// Echoes says that what a bound transport leads to, or a bound server that connects
+	// its clients itself, is an echo server. Without one, cases that need bytes to
+	// come back cannot run.
 	Echoes bool
 }
+
+// The roles of ARG-1, which are what cases are about.
+const (
+	Client   = "client"
+	Server   = "server"
+	Generate = "generate"
+)
 
 // Options say which cases are run, and how.
 type Options struct {
@@ -54,6 +66,10 @@ type Options struct {
 	Pattern string
 	// Slow also runs the cases that wait for limits of ten seconds.
 	Slow bool
+	// Strict makes a SHOULD count as a MUST.
+	Strict bool
+	// OnResult is called with each result as it comes. It may be nil.
+	OnResult func(Result)
 	// Patience bounds the wait for each single thing that a child has to do. 0 is 5
 	// seconds.
 	Patience time.Duration
@@ -83,14 +99,14 @@ type Case struct {
 	Name   string `json:"name"`   // for example SOCKS-5/byte-by-byte
 	Level  Level  `json:"level"`
 	Slow   bool   `json:"slow,omitempty"` // run only with Options.Slow
-	Role   string `json:"role,omitempty"` // "server" for cases about servers alone
+	Role   string `json:"role"`           // in which the child is asked
 
 	run func(*trial)
 }
 
 func newCase(level Level, name string, run func(*trial)) Case {
 	clause, _, _ := strings.Cut(name, "/")
-	return Case{Clause: clause, Name: name, Level: level, run: run}
+	return Case{Clause: clause, Name: name, Level: level, Role: Client, run: run}
 }
 
 func must(name string, run func(*trial)) Case   { return newCase(Must, name, run) }
@@ -101,9 +117,25 @@ func slow(c Case) Case {
 	return c
 }
 
-// Cases returns the cases of both roles in the order in which they are run.
+// in returns cases as they are asked in a role.
+func in(role string, cases []Case) []Case {
+	cases = slices.Clone(cases)
+	for i := range cases {
+		cases[i].Role = role
+	}
+	return cases
+}
+
+// Cases returns the cases of all roles in the order in which they are run. A case that
+// is asked in several roles is there once for each.
 func Cases() []Case {
-	return slices.Concat(argCases, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, packetCases, lineCases, endCases, serverCases)
+	anyChild := slices.Concat(commandLineCases, configCases)
+	staying := slices.Concat(anyChild, announcedCases, stateCases, watchedCases, anyProxyCases, anyLineCases)
+	return slices.Concat(
+		argCases, staying, socksCases, farCases, errCases, statCases, lifeCases, proxyCases, watchedProxyCases, packetCases, lineCases, endCases, signalCases, writtenCases,
+		in(Server, slices.Concat(staying, serverCases, serverEndCases, serverSignalCases, writtenCases)),
+		in(Generate, slices.Concat(anyChild, generateCases)),
+	)
 }
 
 // A Verdict is how a case went.
@@ -124,6 +156,7 @@ type Result struct {
 	Expected string   `json:"expected,omitempty"` // what was expected of a child that fell short,
 	Got      string   `json:"got,omitempty"`      // and what came
 	Bytes    []string `json:"bytes,omitempty"`    // what went over the wire and the pipes then
+	Seconds  float64  `json:"seconds"`            // how long it took
 }
 
 // String is one line, and for a case that fell short all that is known of it.
@@ -134,7 +167,7 @@ func (r Result) String() string {
 		fmt.Fprintf(&b, ": %s", r.Why)
 	}
 	if r.Verdict == FellShort {
-		fmt.Fprintf(&b, "\n\texpected: %s\n\tgot:      %s", r.Expected, r.Got)
+		fmt.Fprintf(&b, "\n\texpected: %s\n\tgot:      %s", r.Expected, strings.ReplaceAll(r.Got, "\n", "\n\t          "))
 		for _, line := range r.Bytes {
 			fmt.Fprintf(&b, "\n\t%s", line)
 		}
@@ -144,15 +177,17 @@ func (r Result) String() string {
 
 // A Report is the results of a run, in the order of the cases.
 type Report struct {
+	Strict  bool     `json:"strict"` // as in [Options]
 	Results []Result `json:"results"`
 }
 
-// OK reports whether every case of a MUST that could run has held, and one at least did.
+// OK reports whether every case of a MUST that could run has held, and one at least
+// did. If the report is strict, those of a SHOULD must have held as well.
 func (r Report) OK() bool {
 	held := false
 	for _, result := range r.Results {
 		held = held || result.Verdict == Held
-		if result.Verdict == FellShort && result.Level == Must {
+		if r.counts(result) {
 			return false
 		}
 	}
@@ -170,25 +205,25 @@ func (r Report) Names(v Verdict) []string {
 	return names
 }
 
-// String lists the results and counts them.
+// String lists the results and counts those of each level.
 func (r Report) String() string {
 	var b strings.Builder
 	for _, result := range r.Results {
 		fmt.Fprintln(&b, result)
 	}
-	fmt.Fprintf(&b, "%d held, %d fell short, %d could not run\n",
-		len(r.Names(Held)), len(r.Names(FellShort)), len(r.Names(NotRun)))
+	b.WriteString(r.summary())
 	return b.String()
 }
 
 // Run runs the cases one after the other, each with a child of its own or, where
 // that makes no difference, with one that several share. Nothing is left when it
 // returns. The error is about the suite, not about the child: a pattern that is
-// none, or a machine without room for a directory or a socket. When ctx ends, the
+// none, an executable that is not there, or a machine without room for a directory
+// or a socket. When ctx ends, the
 // cases that are left could not run.
 func Run(ctx context.Context, subject Subject, options Options) (Report, error) {
-	var report Report
-	cases, err := options.cases(subject.Role)
+	report := Report{Strict: options.Strict}
+	cases, err := CasesOf(subject.Role, options)
 	if err != nil {
 		return report, err
 	}
@@ -198,16 +233,21 @@ func Run(ctx context.Context, subject Subject, options Options) (Report, error) 
 	}
 	defer s.close()
 	for _, c := range cases {
-		report.Results = append(report.Results, s.judge(ctx, c))
+		result := s.judge(ctx, c)
+		report.Results = append(report.Results, result)
+		if options.OnResult != nil {
+			options.OnResult(result)
+		}
 	}
 	return report, nil
 }
 
 // Test runs each case as a subtest. A MUST that the child falls short of is an
-// error, a SHOULD is logged, and what could not run is skipped.
+// error, a SHOULD is logged unless Options.Strict is set, and what could not run is
+// skipped.
 func Test(t *testing.T, subject Subject, options Options) {
 	t.Helper()
-	cases, err := options.cases(subject.Role)
+	cases, err := CasesOf(subject.Role, options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +261,7 @@ func Test(t *testing.T, subject Subject, options Options) {
 			switch result := s.judge(t.Context(), c); {
 			case result.Verdict == NotRun:
 				t.Skip(result)
-			case result.Verdict == FellShort && c.Level == Must:
+			case result.Verdict == FellShort && (c.Level == Must || options.Strict):
 				t.Error(result)
 			case result.Verdict == FellShort:
 				t.Log(result)
@@ -230,17 +270,22 @@ func Test(t *testing.T, subject Subject, options Options) {
 	}
 }
 
-func (o Options) cases(role string) ([]Case, error) {
+// ErrNoCase says that no case is named as Options.Pattern wants.
+var ErrNoCase = errors.New("no case matches")
+
+// CasesOf returns the cases that a run in a role would run, in their order. The error
+// is [ErrNoCase] when there are none, and otherwise about the role or the pattern.
+func CasesOf(role string, o Options) ([]Case, error) {
 	switch role {
-	case "client":
-		role = ""
-	case "", roleServer:
+	case "":
+		role = Client
+	case Client, Server, Generate:
 	default:
-		return nil, fmt.Errorf("conformance: Subject.Role is %q; it is client or server: %w", role, ptipc.ExitUsage)
+		return nil, fmt.Errorf("conformance: Subject.Role is %q; it is client, server or generate: %w", role, ptipc.ExitUsage)
 	}
 	pattern, err := regexp.Compile(o.Pattern)
 	if err != nil {
-		return nil, fmt.Errorf("conformance: the pattern %q: %w", o.Pattern, err)
+		return nil, fmt.Errorf("conformance: the pattern %q: %w: %w", o.Pattern, err, ptipc.ExitUsage)
 	}
 	var cases []Case
 	for _, c := range Cases() {
@@ -249,7 +294,7 @@ func (o Options) cases(role string) ([]Case, error) {
 		}
 	}
 	if len(cases) == 0 {
-		return nil, fmt.Errorf("conformance: no case matches %q; names are like SOCKS-5/byte-by-byte, some are run with Slow alone", o.Pattern)
+		return nil, fmt.Errorf("conformance: %w %q in the role %s; names are like SOCKS-5/byte-by-byte, some are run with Slow alone: %w", ErrNoCase, o.Pattern, role, ptipc.ExitUsage)
 	}
 	return cases, nil
 }
@@ -258,16 +303,20 @@ func (o Options) cases(role string) ([]Case, error) {
 type suite struct {
 	subject  Subject
 	patience time.Duration
-	base     string    // everything that the run writes is in here
-	echo     *farEnd   // the destination of a free transport
-	shared   *child    // for cases that leave a child as it was; nil if none runs
-	unready  bool      // a child did not get ready as it is usually started
-	lines    []outLine // what all children have written on standard output
+	base     string     // everything that the run writes is in here
+	echo     *farEnd    // the destination of a free transport
+	far      *farServer // what a generated client leads to; nil before it is needed
+	shared   *child     // for cases that leave a child as it was; nil if none runs
+	unready  bool       // a child did not get ready as it is usually started
+	lines    []outLine  // what all children have written on standard output
 }
 
 func newSuite(subject Subject, options Options) (*suite, error) {
 	if subject.Path == "" {
 		return nil, fmt.Errorf("conformance: Subject.Path is empty; name an executable: %w", ptipc.ExitUsage)
+	}
+	if _, err := exec.LookPath(subject.Path); err != nil {
+		return nil, fmt.Errorf("conformance: the executable: %w: %w", err, ptipc.ExitNoInput)
 	}
 	if subject.Dest != "" {
 		host, port, err := net.SplitHostPort(subject.Dest)
@@ -287,11 +336,17 @@ func newSuite(subject Subject, options Options) (*suite, error) {
 		os.RemoveAll(base)
 		return nil, fmt.Errorf("conformance: an echo server: %w", err)
 	}
+	if subject.Role == "" {
+		subject.Role = Client
+	}
 	return &suite{subject: subject, patience: options.Patience, base: base, echo: echo}, nil
 }
 
 func (s *suite) close() {
 	s.dropShared()
+	if s.far != nil {
+		s.far.close()
+	}
 	s.echo.close()
 	os.RemoveAll(s.base)
 }
@@ -314,6 +369,7 @@ func (s *suite) judge(ctx context.Context, c Case) Result {
 		t.result.Verdict, t.result.Why = NotRun, "the run was ended: "+err.Error()
 		return t.result
 	}
+	began := time.Now()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -322,6 +378,7 @@ func (s *suite) judge(ctx context.Context, c Case) Result {
 		t.result.Verdict = Held
 	}()
 	<-ended
+	t.result.Seconds = time.Since(began).Seconds()
 	if t.result.Verdict == FellShort {
 		s.dropShared()
 	}

@@ -28,8 +28,9 @@
 // SHOULD are reported. A case that cannot run, because of the machine or because it
 // is about something that the child does not have, says why.
 //
-// Subject.Role says which side is looked at, the client or the server. For a server the
-// suite is the host to which connections are delivered (SRV-3). Some cases look at the child's sockets in
+// Subject.Role says what is looked at: the client, the server, or what is generated.
+// For a server the suite is the host to which connections are delivered (SRV-3), and
+// the courier of its signals. Some cases look at the child's sockets in
 // /proc and are run on Linux alone; the one about other users of the machine
 // (SOCKS-17) needs root. Clauses that bind the host, and those whose breach does not
 // show, have no case.

@@ -20,6 +20,7 @@ type farEnd struct {
 	serving  sync.WaitGroup
 
 	mu    sync.Mutex
+	serve func(*net.TCPConn)
 	conns map[net.Conn]struct{} // nil once it is closed
 	count int                   // connections ever accepted
 }
@@ -30,7 +31,7 @@ func newFarEnd(serve func(*net.TCPConn)) (*farEnd, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &farEnd{listener: listener, conns: map[net.Conn]struct{}{}}
+	f := &farEnd{listener: listener, serve: serve, conns: map[net.Conn]struct{}{}}
 	f.serving.Go(func() {
 		for {
 			conn, err := listener.AcceptTCP()
@@ -43,11 +44,39 @@ func newFarEnd(serve func(*net.TCPConn)) (*farEnd, error) {
 			}
 			f.serving.Go(func() {
 				defer f.remove(conn)
-				serve(conn)
+				f.handler()(conn)
 			})
 		}
 	})
 	return f, nil
+}
+
+// agreeing takes deliveries (SRV-3) and serves what comes on them.
+func agreeing(serve func(*net.TCPConn)) func(*net.TCPConn) {
+	return func(conn *net.TCPConn) {
+		_ = conn.SetDeadline(time.Now().Add(limit))
+		if _, err := takeDelivery(conn, conn); err != nil {
+			return // what is wrong with it, the cases for servers say
+		}
+		if _, err := conn.Write(replyOf(granted)); err != nil {
+			return
+		}
+		_ = conn.SetDeadline(time.Time{})
+		serve(conn)
+	}
+}
+
+func (f *farEnd) handler() func(*net.TCPConn) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.serve
+}
+
+// handle serves with another function from now on.
+func (f *farEnd) handle(serve func(*net.TCPConn)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.serve = serve
 }
 
 func (f *farEnd) add(conn net.Conn) bool {
@@ -74,6 +103,13 @@ func (f *farEnd) accepted() int {
 	return f.count
 }
 
+// open counts the connections that have not ended.
+func (f *farEnd) open() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.conns)
+}
+
 func (f *farEnd) addr() string { return f.listener.Addr().String() }
 
 func (f *farEnd) close() {
@@ -96,22 +132,36 @@ func echo(conn *net.TCPConn) {
 
 // destination gives the case the far end's side of its connections.
 func (t *trial) destination(c *child) (addr string, accept func() *wire) {
-	t.free(c)
-	if t.suite.subject.Dest != "" {
-		t.cannot("the far end cannot be looked at: the child does not reach this machine's loopback (Subject.Dest)")
-	}
 	conns := make(chan *net.TCPConn)
 	ended := make(chan struct{})
-	far, err := newFarEnd(func(conn *net.TCPConn) {
+	hand := func(conn *net.TCPConn) {
 		select {
 		case conns <- conn:
 			<-ended
 		case <-ended:
 		}
-	})
-	t.need(err)
-	t.onEnd(func() { close(ended); far.close() })
-	return far.addr(), func() *wire {
+	}
+	if bound := t.method(c).bound(); bound && t.suite.far != nil {
+		addr = anywhere
+		// What cases before have dialled may be on its way still.
+		ends := t.suite.far.ends
+		w := t.open(c, anywhere)
+		w.echo("the last one")
+		w.close()
+		t.until(func() bool { return ends.open() == 0 })
+		ends.handle(agreeing(hand))
+		t.onEnd(func() { close(ended); ends.handle(agreeing(echo)) })
+	} else {
+		t.free(c)
+		if t.suite.subject.Dest != "" {
+			t.cannot("the far end cannot be looked at: the child does not reach this machine's loopback (Subject.Dest)")
+		}
+		far, err := newFarEnd(hand)
+		t.need(err)
+		addr = far.addr()
+		t.onEnd(func() { close(ended); far.close() })
+	}
+	return addr, func() *wire {
 		select {
 		case conn := <-conns:
 			return &wire{t: t, who: "far end", conn: conn}
@@ -153,12 +203,18 @@ type upstream struct {
 
 // upstream starts a proxy. It asks for user and password if there is a user.
 func (t *trial) upstream(user, password string, route func(context.Context, asked) (net.Conn, byte)) *upstream {
+	u, err := t.newUpstream(user, password, route)
+	t.need(err)
+	t.onEnd(u.close)
+	return u
+}
+
+// newUpstream starts one where it is called: the thread may have a network of its own.
+func (t *trial) newUpstream(user, password string, route func(context.Context, asked) (net.Conn, byte)) (*upstream, error) {
 	u := &upstream{route: route}
 	far, err := newFarEnd(func(conn *net.TCPConn) { u.serve(t.ctx, conn, user, password) })
-	t.need(err)
 	u.farEnd = far
-	t.onEnd(far.close)
-	return u
+	return u, err
 }
 
 func (u *upstream) requests() []asked {
@@ -177,7 +233,7 @@ func (u *upstream) serve(ctx context.Context, conn *net.TCPConn, user, password 
 	u.asks = append(u.asks, a)
 	u.mu.Unlock()
 	far, code := u.route(ctx, a)
-	if _, err := conn.Write([]byte{5, code, 0, 1, 0, 0, 0, 0, 0, 0}); err != nil || far == nil {
+	if _, err := conn.Write(replyOf(code)); err != nil || far == nil {
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})

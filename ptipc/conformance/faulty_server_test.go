@@ -1,174 +1,127 @@
 package conformance_test
 
 import (
-	"bufio"
 	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"os"
-	"os/signal"
 	"strings"
 	"sync"
-	"syscall"
 )
 
-// serverMain is a child in the role server whose wire is plain TCP, with one fault
-// or none. Its configuration is {} or {"listen":ADDR}.
-func (f *faulty) serverMain(args []string) {
-	terms := make(chan os.Signal, 2)
-	signal.Notify(terms, syscall.SIGTERM)
-	var config struct {
-		Listen string `json:"listen"`
-	}
-	dec := json.NewDecoder(strings.NewReader(args[0]))
-	dec.DisallowUnknownFields()
-	if dec.Decode(&config) != nil {
-		if f.is("server: exits with 1 for a bad configuration") {
-			os.Exit(1)
-		}
-		f.say(`SMETHOD-ERROR _ {"class":19,"message":"bad configuration"}`)
-		f.die(78, "bad configuration")
-	}
-	var host struct {
-		Deliver string `json:"deliver"`
-		Ends    int    `json:"ends"`
-	}
-	_ = json.Unmarshal([]byte(args[1]), &host)
-	f.host.Ends = host.Ends
-	if host.Deliver == "" && !f.is("server: needs no deliver") {
+// announceServer opens a wire that is plain TCP. A server whose configuration says
+// where its clients want to go connects them itself.
+func (f *faulty) announceServer() {
+	if f.host.Deliver == "" && f.config["to"] == "" && !f.is("server: needs no deliver") {
 		f.die(64, "nowhere to deliver")
 	}
-	if config.Listen == "" {
-		config.Listen = "127.0.0.1:0"
+	if f.host.Deliver == "" && f.is("server: needs deliver") {
+		f.die(64, "nowhere to deliver")
 	}
-	listener, err := net.Listen("tcp", config.Listen)
-	if err != nil {
+	at := f.config["listen"]
+	if at == "" {
+		at = "127.0.0.1:0"
+	}
+	var err error
+	if f.listener, err = net.Listen("tcp", at); err != nil {
 		f.die(71, "%v", err)
 	}
-	addr := listener.Addr().String()
+	addr := f.listener.Addr().String()
 	if f.is("server: announces port 0") {
 		addr = "127.0.0.1:0"
 	}
-	argsText := "stats=1"
+	args := "stats=1"
 	if f.host.Ends != 0 {
-		argsText += ",ends=1"
+		args += ",ends=1"
+	}
+	if f.config["to"] != "" {
+		args += ",proxy=1"
 	}
 	if f.is("server: ARGS with a bad escape") {
-		argsText += `,a=\b`
+		args += `,a=\b`
 	}
-	f.say("VERSION 1\nSMETHOD faulty %s ARGS:%s\nSMETHODS DONE", addr, argsText)
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			f.serving.Go(func() { f.handOver(conn.(*net.TCPConn), strings.TrimPrefix(host.Deliver, "unix:")) })
-		}
-	}()
-	ended := make(chan struct{})
-	go func() {
-		f.readSignals()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-		if f.is("server: cuts at the end") {
-			os.Exit(0)
-		}
-	case <-terms:
-		if f.is("server: cuts on SIGTERM") {
-			os.Exit(0)
+	if f.is("listens everywhere") {
+		if _, err := net.Listen("tcp4", "0.0.0.0:0"); err != nil {
+			f.die(71, "%v", err)
 		}
 	}
-	listener.Close()
-	f.serving.Wait()
-	os.Exit(0)
+	f.say("SMETHOD %s %s ARGS:%s", f.name(), addr, args)
+	if f.is("VERSION late") {
+		f.say("VERSION 1")
+	}
+	f.say("SMETHODS DONE")
+	if f.is("announces after the end") {
+		f.say("SMETHOD late 127.0.0.1:1")
+	}
 }
 
-func (f *faulty) readSignals() {
-	in := bufio.NewReaderSize(os.Stdin, 128<<10)
-	for {
-		line, err := in.ReadString('\n')
+// name is what the server is called.
+func (f *faulty) name() string {
+	if f.is("server: a name with a digit in front") {
+		return "1faulty"
+	}
+	return "faulty"
+}
+
+type halfCloser interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+func (f *faulty) handOver(wire *net.TCPConn) {
+	defer wire.Close()
+	var to halfCloser
+	var end *faultyEnd
+	if dest := f.config["to"]; dest != "" {
+		if f.is("server: delivers all the same") {
+			if conn, err := f.dialHost(nil); err == nil {
+				defer conn.Close()
+			}
+		}
+		conn, err := net.Dial("tcp", dest)
 		if err != nil {
 			return
 		}
-		keyword, id, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
-		switch {
-		case keyword == "CMESSAGE" && f.is("server: dies of a bad message"):
-			f.die(76, "bad message")
-		case keyword == "STATS":
-			f.say("STATS %s %s", id, f.stats(""))
+		to = conn.(*net.TCPConn)
+	} else {
+		if strings.HasPrefix(f.host.Deliver, "unix:") {
+			end = f.dialing()
 		}
-	}
-}
-
-func (f *faulty) handOver(wire *net.TCPConn, socket string) {
-	defer wire.Close()
-	var name *net.UnixAddr
-	end := f.dialing()
-	if end != nil {
-		name = &net.UnixAddr{Name: end.name, Net: "unix"}
-	}
-	to, err := net.DialUnix("unix", name, &net.UnixAddr{Name: socket, Net: "unix"})
-	if err != nil {
-		return
+		conn, err := f.dialHost(end)
+		if err != nil {
+			return
+		}
+		to = conn.(halfCloser)
 	}
 	defer to.Close()
-	remote := wire.RemoteAddr().String()
-	if f.is("server: hides the client's address") {
-		remote = "127.0.0.1:1"
-	}
-	told, _ := json.Marshal(map[string]string{"transport": "faulty", "remote": remote})
-	if f.is("server: sends settings that are no object") {
-		told = []byte("[]")
-	}
-	_, _ = to.Write(append([]byte{5, 1, 0x80}, told...))
-	_, _ = to.Write(append([]byte{5, 1, 0, 4}, make([]byte, 18)...))
-	if f.is("server: sends before the reply") {
-		_, _ = io.CopyN(to, wire, 1)
-	}
-	reply := make([]byte, 12)
-	if _, err := io.ReadFull(to, reply); err != nil || reply[3] != 0 && !f.is("server: does not read the reply") {
-		return
-	}
-	f.mu.Lock()
-	if !f.is("server: counts nothing") {
-		f.total.active++
-		f.total.opened++
-	}
-	f.mu.Unlock()
 	var both sync.WaitGroup
-	copy := func(dst, src interface {
-		io.ReadWriteCloser
-		CloseWrite() error
-	}, count *int,
-	) {
+	copy := func(dst, src halfCloser, count *int) {
 		b := make([]byte, 32<<10)
 		for {
 			n, err := src.Read(b)
 			f.mu.Lock()
 			*count += n
 			f.mu.Unlock()
-			_, werr := dst.Write(b[:n])
-			if err == nil && werr == nil {
+			if _, werr := dst.Write(b[:n]); werr != nil {
+				err = werr
+			}
+			if err == nil {
 				continue
 			}
-			if end == nil {
-				break
+			if src == to && end != nil && !end.marked() && !f.is("server: does not look at marks") {
+				err = io.ErrUnexpectedEOF
 			}
-			broken := werr != nil || !errors.Is(err, io.EOF)
-			if src == to && !end.marked() && !f.is("server: does not look at marks") {
-				broken = true
-			}
-			if broken {
-				if f.is("server: marks what broke") {
+			if !errors.Is(err, io.EOF) {
+				if end != nil && f.is("server: marks what broke") {
 					end.mark()
 				}
-				_ = wire.SetLinger(0)
-				wire.Close()
-				to.Close()
+				for _, conn := range []halfCloser{dst, src} { // what broke must not look like an end
+					if socket, ok := conn.(*net.TCPConn); ok {
+						_ = socket.SetLinger(0)
+					}
+					conn.Close()
+				}
 				return
 			}
 			break
@@ -181,7 +134,23 @@ func (f *faulty) handOver(wire *net.TCPConn, socket string) {
 		}
 		_ = dst.CloseWrite()
 	}
-	both.Go(func() { copy(to, wire, &f.total.received) })
+	f.propose(wire, to)
+	early := f.is("server: sends before the reply")
+	if early {
+		both.Go(func() { copy(to, wire, &f.total.received) })
+	}
+	if f.config["to"] == "" && !f.agreed(to) {
+		return
+	}
+	f.mu.Lock()
+	if !f.is("server: counts nothing") {
+		f.total.active++
+		f.total.opened++
+	}
+	f.mu.Unlock()
+	if !early {
+		both.Go(func() { copy(to, wire, &f.total.received) })
+	}
 	both.Go(func() { copy(wire, to, &f.total.sent) })
 	both.Wait()
 	f.mu.Lock()
@@ -189,8 +158,39 @@ func (f *faulty) handOver(wire *net.TCPConn, socket string) {
 	f.mu.Unlock()
 }
 
-// generateMain makes configurations with a port that is free at the moment.
-func (f *faulty) generateMain() {
+func (f *faulty) dialHost(end *faultyEnd) (net.Conn, error) {
+	if socket, ok := strings.CutPrefix(f.host.Deliver, "unix:"); ok {
+		var name *net.UnixAddr
+		if end != nil {
+			name = &net.UnixAddr{Name: end.name, Net: "unix"}
+		}
+		return net.DialUnix("unix", name, &net.UnixAddr{Name: socket, Net: "unix"})
+	}
+	return net.Dial("tcp", f.host.Deliver)
+}
+
+// propose asks the host whether it wants the connection.
+func (f *faulty) propose(wire *net.TCPConn, to io.Writer) {
+	if f.config["to"] != "" {
+		return
+	}
+	remote := wire.RemoteAddr().String()
+	if f.is("server: hides the client's address") {
+		remote = "127.0.0.1:1"
+	}
+	told, _ := json.Marshal(map[string]string{"transport": f.name(), "remote": remote})
+	_, _ = to.Write(append([]byte{5, 1, 0x80}, told...))
+	_, _ = to.Write(append([]byte{5, 1, 0, 4}, make([]byte, 18)...))
+}
+
+func (f *faulty) agreed(to io.Reader) bool {
+	reply := make([]byte, 12)
+	_, err := io.ReadFull(to, reply)
+	return err == nil && (reply[3] == 0 || f.is("server: does not read the reply"))
+}
+
+// generate makes configurations with a port that is free at the moment.
+func (f *faulty) generate() {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		f.die(71, "%v", err)
@@ -203,7 +203,19 @@ func (f *faulty) generateMain() {
 		addr, to = "127.0.0.1:0", "127.0.0.1:0"
 	case f.is("generate: no match"):
 		to = "127.0.0.1:1" // where nobody listens
+	case f.is("generate: a banner"):
+		f.say("*** faulty ***")
 	}
-	f.say(`{"client":{"server":%q},"server":{"listen":%q}}`, to, addr)
+	client, server := map[string]string{"server": to}, map[string]string{"listen": addr}
+	for _, key := range []string{"signals", "to"} {
+		if value := f.config[key]; value != "" {
+			server[key] = value
+		}
+	}
+	if value := f.config["signals"]; value != "" {
+		client["signals"] = value
+	}
+	line, _ := json.Marshal(map[string]any{"client": client, "server": server})
+	f.say("%s", line)
 	os.Exit(0)
 }

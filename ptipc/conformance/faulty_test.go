@@ -22,6 +22,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"pthost/ptipc/conformance"
 	"pthost/ptipc/localnet"
 )
 
@@ -30,15 +31,21 @@ import (
 // two readings of the specification.
 type faulty struct {
 	fault string
+	role  string
 	host  struct {
 		Version []int  `json:"version"`
 		Listen  string `json:"listen"`
 		Proxy   string `json:"proxy"`
 		UID     int    `json:"uid"`
 		Ends    int    `json:"ends"`
+		Deliver string `json:"deliver"`
 	}
-	server   string // the destination if the child is bound
+	config   map[string]string // each key once
+	server   string            // the destination if the child is bound
 	listener net.Listener
+	messages chan struct{} // what comes from the other side
+
+	leaked []*os.File
 
 	mu    sync.Mutex // guards standard output and what follows
 	conns map[string]*faultyCounts
@@ -68,19 +75,23 @@ func (f *faulty) die(code int, format string, args ...any) {
 }
 
 func faultyMain(fault string, args []string) {
-	f := &faulty{fault: fault, conns: map[string]*faultyCounts{}}
+	f := &faulty{fault: fault, role: conformance.Client, config: map[string]string{}, conns: map[string]*faultyCounts{}, messages: make(chan struct{}, 1)}
 	f.host.UID = -1
-	switch {
-	case len(args) == 3 && args[0] == "server":
-		f.serverMain(args[1:])
-	case len(args) == 2 && args[0] == "generate":
-		f.generateMain()
-	}
 	terms := make(chan os.Signal, 2)
 	signal.Notify(terms, syscall.SIGTERM)
 	in := bufio.NewReaderSize(os.Stdin, 2<<20)
 
+	switch {
+	case len(args) > 0 && slices.Contains([]string{conformance.Client, conformance.Server, conformance.Generate}, args[0]):
+		f.role, args = args[0], args[1:]
+	case f.is("wants a role"):
+		f.die(64, "usage: client CONFIG [HOST]")
+	}
 	config := f.arguments(args, in)
+	if f.role == conformance.Generate {
+		f.configure(config)
+		f.generate()
+	}
 	if len(f.host.Version) > 0 && !slices.Contains(f.host.Version, 1) && !f.is("speaks any version") {
 		f.say("VERSION-ERROR no-version")
 		f.die(78, "no common version")
@@ -102,12 +113,6 @@ func faultyMain(fault string, args []string) {
 	if f.is("never ready") {
 		select {}
 	}
-	f.announce()
-	f.say("CMETHODS DONE")
-	if f.is("announces after the end") {
-		f.say("CMETHOD late socks5 127.0.0.1:1")
-	}
-	f.serving.Go(f.accept)
 	ended := make(chan struct{})
 	go func() {
 		f.readLines(in)
@@ -115,12 +120,35 @@ func faultyMain(fault string, args []string) {
 			close(ended)
 		}
 	}()
+	f.signal()
+	if f.role == conformance.Server {
+		f.announceServer()
+	} else {
+		f.announce()
+		f.say("CMETHODS DONE")
+		if f.is("announces after the end") {
+			f.say("CMETHOD late socks5 127.0.0.1:1")
+		}
+	}
+	f.serving.Go(f.accept)
 	for stopped := false; !stopped; {
 		select {
 		case <-ended:
 			stopped = true
 		case <-terms:
 			stopped = !f.is("ignores SIGTERM")
+		}
+	}
+	if f.is("keeps a file elsewhere for a moment") {
+		if file, err := os.CreateTemp("/var/tmp", "ptipc-faulty"); err == nil {
+			_ = file.Close()
+			_ = os.Remove(file.Name())
+		}
+	}
+	if f.is("listens everywhere in the end") {
+		if l, err := net.Listen("tcp4", "0.0.0.0:0"); err == nil {
+			<-time.After(500 * time.Millisecond)
+			_ = l.Close()
 		}
 	}
 	if f.is("leaves a file outside") {
@@ -145,11 +173,6 @@ func faultyMain(fault string, args []string) {
 }
 
 func (f *faulty) arguments(args []string, in *bufio.Reader) []byte {
-	if len(args) > 0 && args[0] == "client" {
-		args = args[1:]
-	} else if f.is("wants a role") {
-		f.die(64, "usage: client CONFIG [HOST]")
-	}
 	switch {
 	case f.is("exits with 1 for a bad command line") && (len(args) == 0 || len(args) > 2):
 		f.die(1, "usage: [client] CONFIG [HOST]")
@@ -221,31 +244,66 @@ func objectOK(text []byte) bool {
 	return utf8.Valid(text) && json.Unmarshal(text, &object) == nil && object != nil
 }
 
-// configure takes {} and {"server":"host:port"}, each key once.
+// configure takes the keys of its role, each once.
 func (f *faulty) configure(config []byte) {
+	known := map[string][]string{
+		conformance.Client:   {"server", "signals"},
+		conformance.Server:   {"listen", "to", "signals"},
+		conformance.Generate: {"listen", "to", "signals"},
+	}[f.role]
 	dec := json.NewDecoder(bytes.NewReader(config))
 	_, _ = dec.Token()
 	for dec.More() {
 		token, _ := dec.Token()
 		key, _ := token.(string)
-		var value json.RawMessage
-		_ = dec.Decode(&value)
+		var raw json.RawMessage
+		_ = dec.Decode(&raw)
 		if f.is("repeats a secret") {
-			fmt.Fprintf(os.Stderr, "%s is %s\n", key, value)
+			fmt.Fprintf(os.Stderr, "%s is %s\n", key, raw)
 		}
-		if key == "server" && f.server == "" && json.Unmarshal(value, &f.server) == nil || f.is("takes every key") {
+		var value string
+		if slices.Contains(known, key) && f.config[key] == "" && json.Unmarshal(raw, &value) == nil {
+			f.config[key] = value
+			continue
+		}
+		if f.is("takes every key") {
 			continue
 		}
 		code := 78
 		if f.is("exits with 1 for a bad configuration") {
 			code = 1
 		}
-		if f.is("CMETHOD-ERROR without JSON") {
-			f.say("CMETHOD-ERROR _ bad key")
-		} else {
-			f.say(`CMETHOD-ERROR _ {"class":19,"message":"bad configuration","pointer":%q,"problem":"is unknown, or there twice","remedy":"remove it"}`, "/"+key)
+		word := map[string]string{conformance.Client: "CMETHOD-ERROR", conformance.Server: "SMETHOD-ERROR"}[f.role]
+		switch {
+		case word == "":
+		case f.is("an error without JSON"):
+			f.say("%s _ bad key", word)
+		default:
+			f.say(`%s _ {"class":19,"message":"bad configuration","pointer":%q,"problem":"is unknown, or there twice","remedy":"remove it"}`, word, "/"+key)
 		}
 		f.die(code, "a key of the configuration is wrong")
+	}
+	f.server = f.config["server"]
+}
+
+// signal says hello to the other side, if the configuration wants it.
+func (f *faulty) signal() {
+	if f.config["signals"] == "" || f.role == conformance.Server && !f.is("signals: waits for an answer") {
+		return
+	}
+	word := map[string]string{conformance.Client: "CMESSAGE", conformance.Server: "SMESSAGE"}[f.role]
+	switch {
+	case f.is("signals: body is no object"):
+		f.say(`%s {"body":"hello"}`, word)
+	case f.is("signals: with a peer"):
+		f.say(`%s {"body":{"hello":1},"peer":"me"}`, word)
+	case f.is("signals: too long"):
+		f.say(`%s {"body":{"hello":%q}}`, word, strings.Repeat("x", 40_000))
+	default:
+		f.say(`%s {"body":{"hello":1}}`, word)
+	}
+	if f.is("signals: waits for an answer") {
+		<-f.messages
 	}
 }
 
@@ -260,6 +318,12 @@ func (f *faulty) proxySetUp() {
 	if (err != nil || u.Scheme != "socks5" || u.Hostname() == "" || u.Port() == "") && !f.is("takes any proxy") {
 		f.say("PROXY-ERROR the proxy is not socks5://[USER:PASSWORD@]HOST:PORT")
 		f.die(69, "the proxy cannot be used")
+	}
+	if f.is("tells home") {
+		if home, err := net.Dial("udp", "127.0.0.9:9"); err == nil {
+			_, _ = home.Write([]byte("hello"))
+			_ = home.Close()
+		}
 	}
 	if !f.is("no PROXY DONE") {
 		f.say("PROXY DONE")
@@ -294,8 +358,13 @@ func (f *faulty) listen() string {
 func (f *faulty) announce() {
 	addr := f.listen()
 	if f.is("done before it listens") && f.host.Listen != "unix" {
-		f.listener.Close() // the port stays free for the moment that it takes
-		f.listener = &lateListener{addr: addr, ready: make(chan struct{})}
+		f.listener.Close()
+		bound, at, err := bindTCP()
+		if err != nil {
+			f.die(71, "%v", err)
+		}
+		addr = at
+		f.listener = &lateListener{bound: bound, ready: make(chan struct{})}
 	}
 	if f.is("announces a public address") && f.host.Listen != "unix" {
 		addr = "203.0.113.1:1080"
@@ -323,10 +392,11 @@ func (f *faulty) announce() {
 	}
 }
 
-// A lateListener begins to listen half a second after the first Accept.
+// A lateListener begins to listen half a second after the first Accept. Its port is
+// bound before, so that nobody else gets it.
 type lateListener struct {
 	net.Listener
-	addr  string
+	bound func() (net.Listener, error)
 	once  sync.Once
 	ready chan struct{}
 }
@@ -335,7 +405,7 @@ func (l *lateListener) Accept() (net.Conn, error) {
 	l.once.Do(func() {
 		<-time.After(500 * time.Millisecond)
 		var err error
-		if l.Listener, err = net.Listen("tcp", l.addr); err != nil {
+		if l.Listener, err = l.bound(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(71)
 		}
@@ -367,7 +437,12 @@ func (f *faulty) readLines(in *bufio.Reader) {
 			continue
 		}
 		keyword, rest, _ := strings.Cut(line, " ")
-		if keyword != "STATS" {
+		switch keyword {
+		case "STATS":
+		case "CMESSAGE", "SMESSAGE":
+			f.message(keyword, rest)
+			continue
+		default:
 			if f.is("dies of an unknown keyword") && strings.HasPrefix(keyword, "GREASE") {
 				f.die(76, "unknown keyword %s", keyword)
 			}
@@ -383,6 +458,38 @@ func (f *faulty) readLines(in *bufio.Reader) {
 		}
 		f.say("STATS %d %s", n, f.stats(client))
 	}
+}
+
+// message takes a message, and a server answers it.
+func (f *faulty) message(keyword, text string) {
+	var m struct {
+		Body map[string]any `json:"body"`
+		Peer string         `json:"peer"`
+	}
+	if err := json.Unmarshal([]byte(text), &m); err != nil || m.Body == nil {
+		if f.is("dies of a bad message") {
+			f.die(76, "bad message")
+		}
+		return
+	}
+	select {
+	case f.messages <- struct{}{}:
+	default:
+	}
+	if keyword != "CMESSAGE" || f.role != conformance.Server || f.config["signals"] == "" {
+		return
+	}
+	answer := map[string]any{"body": map[string]any{"heard": 1}, "peer": m.Peer}
+	switch {
+	case f.is("signals: forgets the peer"):
+		answer["peer"] = "somebody"
+	case f.is("signals: answers with no object"):
+		answer["body"] = "heard"
+	case f.is("signals: too long"):
+		answer["body"] = map[string]string{"heard": strings.Repeat("x", 40_000)}
+	}
+	line, _ := json.Marshal(answer)
+	f.say("SMESSAGE %s", line)
 }
 
 func (f *faulty) stats(client string) string {
@@ -418,6 +525,10 @@ func (f *faulty) accept() {
 			<-time.After(10 * time.Millisecond)
 			continue
 		}
+		if f.role == conformance.Server {
+			f.serving.Go(func() { f.handOver(conn.(*net.TCPConn)) })
+			continue
+		}
 		if f.is("one handshake at a time") {
 			f.serve(conn, func(relay func()) { f.serving.Go(relay) })
 			continue
@@ -443,6 +554,13 @@ func (f *faulty) serve(conn net.Conn, relay func(func())) {
 	}
 	r := bufio.NewReaderSize(conn, 128<<10)
 	dest, code, ok := f.handshake(conn, r)
+	if ok && f.is("leaks descriptors") {
+		if null, err := os.Open(os.DevNull); err == nil {
+			f.mu.Lock()
+			f.leaked = append(f.leaked, null)
+			f.mu.Unlock()
+		}
+	}
 	if !ok {
 		close()
 		return
@@ -772,6 +890,11 @@ func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
 		return nil, fmt.Errorf("proxy: %w", err)
 	}
 	host, portText, _ := net.SplitHostPort(dest)
+	if f.is("looks names up beside") {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		_, _ = net.DefaultResolver.LookupNetIP(ctx, "ip4", host)
+		cancel()
+	}
 	if f.is("looks names up") {
 		ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip4", host)
 		if err != nil {

@@ -26,6 +26,7 @@ var packages = map[string]string{
 	"nft":          "nftables",
 	"dig":          "bind9-dnsutils",
 	"unshare":      "util-linux",
+	"prove":        "perl",
 	"tor-gencert":  "tor",
 	"ss-local":     "shadowsocks-libev",
 	"ss-server":    "shadowsocks-libev",

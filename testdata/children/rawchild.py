@@ -107,10 +107,10 @@ async def main():
         print("usage: rawchild.py [client] CONFIG [HOST]; CONFIG is {}, it has no keys", file=sys.stderr)
         sys.exit(code)
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    print("VERSION 1\nCMETHOD raw socks5 %s:%d\nCMETHODS DONE" % server.sockets[0].getsockname(), flush=True)
     loop, stdin = asyncio.get_running_loop(), asyncio.StreamReader()
     loop.add_signal_handler(signal.SIGTERM, lambda: os._exit(0) if stdin.at_eof() else stdin.feed_eof())
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    print("VERSION 1\nCMETHOD raw socks5 %s:%d\nCMETHODS DONE" % server.sockets[0].getsockname(), flush=True)
     while await stdin.read(65536):
         pass  # LINE-2: no line means anything to this child
     server.close()  # LIFE-2, LIFE-3

@@ -8,9 +8,10 @@ import (
 
 // A Status is a running host at one moment.
 type Status struct {
-	Time       time.Time   `json:"time"`    // of this status
-	PID        int         `json:"pid"`     // of the host
-	Started    time.Time   `json:"started"` // when the host was started
+	Time       time.Time   `json:"time"`               // of this status
+	PID        int         `json:"pid"`                // of the host
+	Started    time.Time   `json:"started"`            // when the host was started
+	Starting   bool        `json:"starting,omitempty"` // not everything has started yet
 	Stopping   bool        `json:"stopping,omitempty"`
 	Transports []Transport `json:"transports"` // by name
 	Fronts     []Front     `json:"fronts"`     // in the order of the configuration
@@ -21,6 +22,7 @@ type State string
 
 // The states of a transport.
 const (
+	Starting   State = "starting"   // its first child is not ready yet
 	Ready      State = "ready"      // its child serves
 	Restarting State = "restarting" // it has no child and will get one
 	Ended      State = "ended"      // it has no child and will get none
@@ -32,9 +34,10 @@ type Transport struct {
 	Exec      string     `json:"exec,omitempty"` // "" for a child that somebody else runs
 	Role      string     `json:"role"`           // client or server
 	State     State      `json:"state"`
-	PID       int        `json:"pid,omitempty"`   // of the child; 0 is none, or not known
-	Since     *time.Time `json:"since,omitempty"` // when the child that serves began to
-	Restarts  uint64     `json:"restarts"`        // children after the first
+	PID       int        `json:"pid,omitempty"`      // of the child; 0 is none, or not known
+	Since     *time.Time `json:"since,omitempty"`    // when the child that serves began to
+	Restarts  uint64     `json:"restarts"`           // children after the first
+	Progress  string     `json:"progress,omitempty"` // what the child has last told of its bootstrap (LINE-10)
 	LastError string     `json:"last_error,omitempty"`
 	Address   string     `json:"address,omitempty"` // of a server's wire
 	Signals   string     `json:"signals,omitempty"` // how its messages are carried: queue, dir or command
