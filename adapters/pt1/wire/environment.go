@@ -239,7 +239,7 @@ func ParseEnvironment(lookup func(string) (string, bool)) (*Environment, error) 
 			return nil, problem
 		}
 	case clients != "":
-		e.Clients = strings.Split(clients, ",")
+		e.Clients = namesIn(clients)
 		e.Proxy = get(varProxy)
 		if e.Proxy == "" {
 			break
@@ -251,6 +251,17 @@ func ParseEnvironment(lookup func(string) (string, bool)) (*Environment, error) 
 		return fail(varClients, "is not set, and neither is %s%s", prefix, varServers)
 	}
 	return e, nil
+}
+
+// namesIn are the names of a list, each once: one that comes again asks for nothing new.
+func namesIn(list string) []string {
+	var names []string
+	for name := range strings.SplitSeq(list, ",") {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // parseBind takes brackets away, which tor has not always written.
@@ -287,7 +298,7 @@ func (e *Environment) parseServers(names string, get func(string) string) *Envir
 		}
 		binds[name] = addr
 	}
-	for name := range strings.SplitSeq(names, ",") {
+	for _, name := range namesIn(names) {
 		e.Servers = append(e.Servers, Server{Name: name, Bind: binds[name], Options: options[name]})
 	}
 	e.Port, e.ExtendedPort, e.CookieFile = get(varPort), get(varExtendedPort), get(varCookieFile)
