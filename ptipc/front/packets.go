@@ -204,11 +204,12 @@ func parsePacket(b []byte) (to netip.AddrPort, payload []byte, err error) {
 		return to, nil, errPacket
 	}
 	addr, _ := netip.AddrFromSlice(b[4:size]) // of one of the two lengths
+	addr = addr.Unmap()
 	port := binary.BigEndian.Uint16(b[size:])
 	if port == 0 || addr.IsUnspecified() {
 		return to, nil, errPacket
 	}
-	return netip.AddrPortFrom(addr.Unmap(), port), b[size+2:], nil
+	return netip.AddrPortFrom(addr, port), b[size+2:], nil
 }
 
 func appendHeader(b []byte, from netip.AddrPort) []byte {
