@@ -97,12 +97,12 @@ func (c *PacketConn) WriteTo(p []byte, addr net.Addr) (int, error) {
 	if !ok {
 		return 0, fmt.Errorf("relay: datagrams go to a *net.UDPAddr, never to a name, and this is the %T %v: %w", addr, addr, ptipc.ErrAddressType)
 	}
-	peer := udp.AddrPort()
-	if !peer.Addr().IsValid() || peer.Addr().IsUnspecified() || peer.Port() == 0 {
+	peer := udp.AddrPort().Addr().Unmap()
+	if !peer.IsValid() || peer.IsUnspecified() || udp.Port == 0 {
 		return 0, fmt.Errorf("relay: %v is no address to send to; give an address and a port: %w", addr, ptipc.ErrAddressType)
 	}
-	if !c.knows(peer.Addr().Unmap()) {
-		if err := c.learn(peer.Addr().Unmap()); err != nil {
+	if !c.knows(peer) {
+		if err := c.learn(peer); err != nil {
 			return 0, err
 		}
 	}

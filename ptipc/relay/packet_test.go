@@ -60,7 +60,7 @@ func TestPacketConn(t *testing.T) {
 
 	for _, addr := range []net.Addr{
 		&net.IPAddr{IP: net.IPv4(127, 0, 0, 1)}, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1},
-		&net.UDPAddr{Port: 1}, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}, name("example.com:53"), nil,
+		&net.UDPAddr{Port: 1}, &net.UDPAddr{IP: net.IPv4zero, Port: 1}, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}, name("example.com:53"), nil,
 	} {
 		if n, err := conn.WriteTo([]byte("x"), addr); n != 0 || !errors.Is(err, ptipc.ErrAddressType) {
 			t.Errorf("to %v: %d, %v", addr, n, err)
