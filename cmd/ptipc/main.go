@@ -88,7 +88,7 @@ configuration, 69 when something needed is not there.`,
 			panic(err) // the flag was defined three lines above
 		}
 	}
-	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newSIP003(&o), newConform(), newBench(&o), newLaunch())
+	root.AddCommand(newRun(&o), newStatus(), newStop(), newSignal(), newCheck(), newExplain(), newDial(&o), newGenerate(&o), newTransport(), newPT1(&o), newSIP003(&o), newConform(), newConformHost(), newConformChild(), newBench(&o), newLaunch())
 	return root
 }
 
