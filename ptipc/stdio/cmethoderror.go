@@ -28,11 +28,16 @@ func NewCMethodError(name string, err error) CMethodError {
 	return m
 }
 
-// Error is the message under the name of the factory.
+// Error is the message under the name of the factory, with what is wrong with the
+// configuration if the message does not say it (ERR-3).
 func (m CMethodError) Error() string {
 	text := m.Message
-	if text == "" && m.Config != nil {
+	switch {
+	case m.Config == nil:
+	case text == "":
 		text = m.Config.Error()
+	case !strings.Contains(text, m.Config.Error()):
+		text += ": " + m.Config.Error()
 	}
 	if text == "" {
 		text = m.Class.Error()

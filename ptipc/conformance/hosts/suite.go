@@ -155,6 +155,9 @@ func Run(ctx context.Context, subject Subject, o Options) (conformance.Report, e
 		return report, err
 	}
 	defer os.RemoveAll(s.base)
+	if err := s.startsIt(ctx); err != nil {
+		return report, err
+	}
 	parallel := o.Parallel
 	if parallel <= 0 {
 		parallel = 2 * runtime.NumCPU()
@@ -170,7 +173,7 @@ func Run(ctx context.Context, subject Subject, o Options) (conformance.Report, e
 			places <- struct{}{}
 			running.Go(func() {
 				defer func() { <-places }()
-				results[i] <- s.judge(ctx, i, c)
+				results[i] <- s.judge(ctx, i, find(c.Name))
 			})
 		}
 	})
@@ -215,6 +218,25 @@ func newSuite(subject Subject, o Options) (*suite, error) {
 	return &suite{subject: subject, patience: o.Patience, base: base, net: [2]int{64 + rand.N(128), rand.N(256)}}, nil
 }
 
+// startsIt makes sure that the command starts the suite's child: a mistake in it would
+// make every case fall short.
+func (s *suite) startsIt(ctx context.Context) error {
+	if runtime.GOOS != "linux" {
+		return nil // no case runs
+	}
+	p := &probe{name: honest, level: conformance.Must, check: func(t *trial) {
+		t.start()
+		t.event("start", 1)
+	}}
+	if r := s.judge(ctx, len(probes), p); r.Verdict != conformance.Held && ctx.Err() == nil {
+		return fmt.Errorf("hosts: the command does not start the suite's child: %s%s\n\t%s: %w", r.Got, r.Why, strings.Join(r.Bytes, "\n\t"), ptipc.ExitUnavailable)
+	}
+	return nil
+}
+
+// honest is the case of a child that does what it should.
+const honest = "SOCKS-7/connect"
+
 // has reports whether a placeholder stands in the command.
 func (s *suite) has(placeholder string) bool {
 	return strings.Contains(strings.Join(s.subject.Command, "\x00"), placeholder)
@@ -224,8 +246,8 @@ func (s *suite) has(placeholder string) bool {
 func (s *suite) relays() bool { return s.has("{config}") || s.has("{front}") }
 
 // judge runs one case. It ends by itself, or because one of its checks ended it.
-func (s *suite) judge(ctx context.Context, number int, c conformance.Case) conformance.Result {
-	t := &trial{run: ctx, suite: s, probe: find(c.Name), result: conformance.Result{Case: c}}
+func (s *suite) judge(ctx context.Context, number int, p *probe) conformance.Result {
+	t := &trial{run: ctx, suite: s, probe: p, result: conformance.Result{Case: p.about()}}
 	if runtime.GOOS != "linux" {
 		t.result.Verdict, t.result.Why = conformance.NotRun, "processes are looked at in Linux's /proc"
 		return t.result

@@ -98,18 +98,21 @@ func (t *trial) need(err error) {
 	}
 }
 
-// within waits until cond holds, and asks it again and again.
+// within waits until cond holds, and asks it again and again, less often as time goes by.
 func (t *trial) within(d time.Duration, cond func() bool) bool {
 	ctx, cancel := context.WithTimeout(t.ctx, d)
 	defer cancel()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
+	period := 5 * time.Millisecond
+	timer := time.NewTimer(period)
+	defer timer.Stop()
 	for !cond() {
 		select {
-		case <-tick.C:
+		case <-timer.C:
 		case <-ctx.Done():
 			return cond()
 		}
+		period = min(period*5/4, 100*time.Millisecond)
+		timer.Reset(period)
 	}
 	return true
 }
