@@ -463,13 +463,14 @@ func (k *kid) settings(method byte, get func(int) ([]byte, error)) (string, erro
 	return string(text), nil
 }
 
-// flood writes so many bytes of lines on an output.
-func flood(f *os.File, size int, line string) {
-	block := strings.Repeat(line, max(1, 32<<10/len(line)))
+// flood writes so many bytes of lines on an output, and tells of each MiB.
+func (k *kid) flood(f *os.File, size int, line string) {
+	block := strings.Repeat(line, max(1, (1<<20)/len(line)))
 	for written := 0; written < size; written += len(block) {
 		if _, err := f.WriteString(block); err != nil {
 			return
 		}
+		k.tell(event{What: "written"})
 	}
 }
 

@@ -85,10 +85,12 @@ func Cases(dialect string) []conformance.Case {
 type probe struct {
 	name  string
 	level conformance.Level
-	in    string                      // the dialect that it is for; "" is all
-	write func(t *trial, host object) // changes HOST.json; the case needs {config} then
-	child script
-	check func(t *trial)
+	in    string         // the dialect that it is for; "" is all
+	write func(t *trial) // changes HOST.json; the case needs {config} then
+	// proxied gives the child an upstream proxy; the case needs {config} or {proxy}.
+	proxied bool
+	child   script
+	check   func(t *trial)
 }
 
 func (p *probe) is(dialect string) bool { return p.in == "" || p.in == dialect }

@@ -125,6 +125,9 @@ func (t *trial) prepare(number int) {
 	if t.probe.write != nil && !s.has("{config}") {
 		t.cannot("the case is told to the host by {config}, which is not in the command")
 	}
+	if t.probe.proxied && !s.has("{config}") && !s.has("{proxy}") {
+		t.cannot("the host is given no upstream proxy: neither {config} nor {proxy} is in the command")
+	}
 	t.dir = filepath.Join(s.base, strconv.Itoa(number))
 	t.need(os.Mkdir(t.dir, 0o700))
 	t.onEnd(func() { os.RemoveAll(t.dir) })
@@ -179,13 +182,16 @@ func (t *trial) write(ip string) {
 		transport["config"] = object{"transports": object{probeName: object{"key": "value", "hard": `a;b\c=d`}}}
 		transport["bound"] = object{probeName: false}
 	}
+	if t.probe.proxied {
+		transport["proxy"] = "socks5://" + t.proxy
+	}
 	t.config = object{
 		"transports": object{probeName: transport},
 		"fronts":     []any{object{"listen": "tcp://" + t.front, "serve": "socks5", "transport": probeName}},
 		"control":    "unix://" + filepath.Join(t.dir, "control.sock"),
 	}
 	if t.probe.write != nil {
-		t.probe.write(t, t.config)
+		t.probe.write(t)
 	}
 }
 

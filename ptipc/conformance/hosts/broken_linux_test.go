@@ -1,0 +1,372 @@
+package hosts_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"pthost/ptipc"
+	"pthost/ptipc/localnet"
+	"pthost/ptipc/proc"
+	"pthost/ptipc/stdio"
+	"pthost/socks"
+)
+
+// A smallHost is a host for the suite alone: it does what the clauses demand of hosts of
+// clients, but for one fault.
+type smallHost struct {
+	fault string
+	file  struct {
+		Transports map[string]struct {
+			Exec      string          `json:"exec"`
+			Config    json.RawMessage `json:"config"`
+			ConfigVia string          `json:"config_via"`
+			Plain     bool            `json:"plain"`
+			Proxy     string          `json:"proxy"`
+			State     string          `json:"state"`
+		} `json:"transports"`
+		Fronts []struct {
+			Listen   string          `json:"listen"`
+			Settings json.RawMessage `json:"settings"`
+		} `json:"fronts"`
+	}
+	dir *localnet.Dir
+
+	mu      sync.Mutex
+	addr    localnet.Addr // of the child that runs
+	names   string        // of the first child's factories
+	kept    [][]byte
+	handing sync.Mutex
+}
+
+// is reports whether this is the fault.
+func (h *smallHost) is(fault string) bool { return h.fault == fault }
+
+func (h *smallHost) say(args ...any) { fmt.Fprintln(os.Stderr, args...) }
+
+// runSmallHost is the main function of one.
+func runSmallHost(fault, config string) int {
+	h := &smallHost{fault: fault}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	text, err := os.ReadFile(config)
+	if err == nil {
+		err = json.Unmarshal(text, &h.file)
+	}
+	if err == nil {
+		err = h.openState()
+	}
+	if err == nil {
+		err = h.supervise(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		h.say(err)
+		return 1
+	}
+	return 0
+}
+
+func (h *smallHost) openState() error {
+	path := h.file.Transports["probe"].State
+	var err error
+	if path == "" {
+		path, err = os.MkdirTemp("", "small")
+	} else {
+		err = os.MkdirAll(path, 0o700)
+	}
+	if err != nil {
+		return err
+	}
+	open := h.is("leaves the state directory open")
+	if open {
+		_ = os.Chmod(path, 0o700)
+	}
+	if h.dir, err = localnet.OpenDir(path); err != nil {
+		return err
+	}
+	if open {
+		return os.Chmod(path, 0o755)
+	}
+	if h.is("shares the state directory") {
+		return nil
+	}
+	return h.dir.Lock()
+}
+
+// supervise starts children one after the other, and serves once the first is ready.
+func (h *smallHost) supervise(ctx context.Context) error {
+	wait := 100 * time.Millisecond
+	for number := 1; ; number++ {
+		p, err := h.start(ctx)
+		if err != nil {
+			return err
+		}
+		if number == 1 {
+			if err := h.serve(); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-p.Done():
+		case <-ctx.Done():
+			return p.Stop(context.Background())
+		}
+		code := ptipc.ExitCodeOf(p.Err())
+		if code.Final() && !h.is("restarts after every exit code") || h.is("never restarts") {
+			<-ctx.Done()
+			return nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+		if !h.is("restarts in a tight loop") {
+			wait *= 2
+		}
+	}
+}
+
+var errRefused = errors.New("the child is refused")
+
+// arguments are those of the child, and its first line.
+func (h *smallHost) arguments() (args []string, first string) {
+	t := h.file.Transports["probe"]
+	info, _ := json.Marshal(map[string]any{"version": []int{1}, "listen": "unix", "proxy": t.Proxy})
+	if t.Proxy == "" {
+		info = []byte(`{"version":[1],"listen":"unix"}`)
+	}
+	config := string(t.Config)
+	switch {
+	case t.Plain && h.is("hands HOST to plain children"):
+		return []string{config, string(info)}, ""
+	case t.Plain:
+		return []string{config}, ""
+	case t.ConfigVia == "argv" || h.is("shows secrets on command lines"):
+		return []string{"client", config, string(info)}, ""
+	case h.is("writes the wrong configuration"):
+		config = "{}"
+	}
+	return []string{"client", "-"}, fmt.Sprintf(`{"config":%s,"host":%s}`, strings.ReplaceAll(config, "\n", " "), info)
+}
+
+// start starts a child and waits until it is ready.
+func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	args, first := h.arguments()
+	ready := make(chan error, 16)
+	var addr, names string
+	proxied := h.file.Transports["probe"].Proxy == ""
+	spec := proc.Spec{
+		Path: h.file.Transports["probe"].Exec, Args: args, Dir: h.dir.Path(), Launcher: []string{self, asLauncher},
+		FinishWait: time.Second, TermWait: 500 * time.Millisecond,
+		OnLine: func(line []byte, truncated bool) {
+			message, err := stdio.Parse(line)
+			switch {
+			case truncated:
+				return
+			case err != nil && h.is("dies of garbage"):
+				os.Exit(1)
+			case err != nil:
+				return
+			}
+			switch m := message.(type) {
+			case stdio.CMethod:
+				addr, names = m.Addr, names+m.Name
+			case stdio.CMethodError:
+				if !h.is("hides errors") {
+					h.say(m)
+				}
+				ready <- errRefused
+			case stdio.VersionError, stdio.EnvError, stdio.ProxyError:
+				ready <- errRefused
+			case stdio.ProxyDone:
+				proxied = true
+			case stdio.Log:
+				if m.Level >= slog.LevelInfo && !h.is("hides what is logged") {
+					h.say(m.Message)
+				}
+			case stdio.CMethodsDone:
+				if !proxied && !h.is("goes around the proxy") {
+					ready <- errRefused
+				}
+				ready <- nil
+			case stdio.CMessage:
+				if h.is("keeps all signals") {
+					h.kept = append(h.kept, line, []byte(string(line)))
+				}
+			default:
+				if h.is("dies of unknown keywords") {
+					if _, known := m.(stdio.Version); !known {
+						os.Exit(1)
+					}
+				}
+			}
+			if h.is("stops reading") && addr != "" {
+				select {}
+			}
+		},
+	}
+	if h.is("kills the process group alone") {
+		spec.Launcher = nil
+	}
+	if h.is("does not wait for the child to finish") {
+		spec.FinishWait = -1
+	}
+	if h.is("buffers an endless line") {
+		spec.MaxLine = 1 << 30
+	}
+	p, err := proc.Start(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	if first != "" {
+		if err := p.WriteLine([]byte(first)); err != nil {
+			return nil, errors.Join(err, p.Stop(context.Background()))
+		}
+	}
+	patience := 2 * time.Second
+	if h.is("waits for ever") {
+		patience = time.Hour
+	}
+	select {
+	case err = <-ready:
+	case <-p.Done():
+		err = errors.New("the child ended before it was ready")
+	case <-time.After(patience):
+		err = errors.New("the child was not ready in time")
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err == nil {
+		err = h.check(p, addr, names)
+	}
+	if h.is("asks everybody for statistics") && err == nil {
+		_ = p.WriteLine([]byte("STATS 1"))
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.Stop(context.Background()))
+	}
+	return p, nil
+}
+
+// check looks at what was announced.
+func (h *smallHost) check(p *proc.Process, text, names string) error {
+	addr, err := localnet.ParseAddr(text)
+	if err != nil {
+		if h.is("believes a public address") {
+			return nil
+		}
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.names != "" && h.names != names && !h.is("takes other factories") {
+		return errRefused
+	}
+	h.addr, h.names = addr, names
+	if h.is("takes any socket") {
+		return nil
+	}
+	conn, err := h.reach(context.Background(), addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	pids, err := p.Pids()
+	if err != nil {
+		return err
+	}
+	return localnet.ListenerOwnedBy(conn, pids)
+}
+
+func (h *smallHost) reach(ctx context.Context, addr localnet.Addr) (net.Conn, error) {
+	if addr.Unix() {
+		return h.dir.Dial(ctx, addr.Name())
+	}
+	return localnet.DialTCP(ctx, addr)
+}
+
+func (h *smallHost) serve() error {
+	if len(h.file.Fronts) == 0 {
+		return errors.New("this host has no servers")
+	}
+	front := h.file.Fronts[0]
+	settings := ptipc.Opaque(front.Settings)
+	if h.is("loses settings") {
+		settings = nil
+	}
+	l, err := net.Listen("tcp", strings.TrimPrefix(front.Listen, "tcp://"))
+	if err != nil {
+		return err
+	}
+	server := &socks.Server{Plain: true, Dial: func(ctx context.Context, r *socks.Request) (net.Conn, error) {
+		if h.is("shakes one hand at a time") {
+			h.handing.Lock()
+			defer h.handing.Unlock()
+		}
+		h.mu.Lock()
+		addr := h.addr
+		h.mu.Unlock()
+		conn, err := h.reach(ctx, addr)
+		if err != nil {
+			return nil, err
+		}
+		dest := r.Dest
+		if h.is("looks names up") {
+			dest = "192.0.2.1:443"
+		}
+		if h.is("sends settings always") {
+			_, err = conn.Write([]byte("\x05\x01\x80"))
+		} else {
+			err = socks.Connect(ctx, conn, settings, dest)
+		}
+		if err != nil {
+			conn.Close()
+			if h.is("makes all errors one") {
+				return nil, ptipc.ErrGeneral
+			}
+			return nil, err
+		}
+		switch h.fault {
+		case "ends both directions":
+			return oneEnd{conn}, nil
+		case "takes a break for an end":
+			return noBreak{conn}, nil
+		}
+		return conn, nil
+	}}
+	go func() { h.say(server.Serve(l)) }()
+	return nil
+}
+
+// oneEnd has no two ends.
+type oneEnd struct{ net.Conn }
+
+func (c oneEnd) CloseWrite() error { return c.Close() }
+
+// noBreak shows the end of a stream where it broke.
+type noBreak struct{ net.Conn }
+
+func (c noBreak) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if errors.Is(err, syscall.ECONNRESET) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (c noBreak) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }
