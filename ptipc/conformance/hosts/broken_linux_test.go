@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -108,7 +109,7 @@ func (h *smallHost) supervise(ctx context.Context) error {
 	wait := 100 * time.Millisecond
 	for number := 1; ; number++ {
 		p, err := h.start(ctx)
-		if err != nil {
+		if err != nil && (number == 1 || errors.Is(err, errRefused) || ctx.Err() != nil) {
 			return err
 		}
 		if number == 1 {
@@ -116,12 +117,15 @@ func (h *smallHost) supervise(ctx context.Context) error {
 				return err
 			}
 		}
-		select {
-		case <-p.Done():
-		case <-ctx.Done():
-			return p.Stop(context.Background())
+		if err == nil {
+			select {
+			case <-p.Done():
+				err = p.Err()
+			case <-ctx.Done():
+				return p.Stop(context.Background())
+			}
 		}
-		code := ptipc.ExitCodeOf(p.Err())
+		code := ptipc.ExitCodeOf(err)
 		if code.Final() && !h.is("restarts after every exit code") || h.is("never restarts") {
 			<-ctx.Done()
 			return nil
@@ -169,6 +173,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	args, first := h.arguments()
 	ready := make(chan error, 16)
 	var addr, names string
+	var served atomic.Bool
 	proxied := h.file.Transports["probe"].Proxy == ""
 	spec := proc.Spec{
 		Path: h.file.Transports["probe"].Exec, Args: args, Dir: h.dir.Path(), Launcher: []string{self, asLauncher},
@@ -215,7 +220,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 					}
 				}
 			}
-			if h.is("stops reading") && addr != "" {
+			if h.is("stops reading") && served.Load() {
 				select {}
 			}
 		},
@@ -260,6 +265,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	if err != nil {
 		return nil, errors.Join(err, p.Stop(context.Background()))
 	}
+	served.Store(true)
 	return p, nil
 }
 
@@ -330,7 +336,11 @@ func (h *smallHost) serve() error {
 			dest = "192.0.2.1:443"
 		}
 		if h.is("sends settings always") {
-			_, err = conn.Write([]byte("\x05\x01\x80"))
+			name, _, _ := net.SplitHostPort(dest)
+			_, err = conn.Write([]byte("\x05\x01\x80{}\x05\x01\x00\x03" + string(rune(len(name))) + name + "\x01\xbb"))
+			if err == nil {
+				_, err = io.ReadFull(conn, make([]byte, 12))
+			}
 		} else {
 			err = socks.Connect(ctx, conn, settings, dest)
 		}

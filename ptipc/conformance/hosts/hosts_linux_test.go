@@ -3,9 +3,12 @@ package hosts_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -38,6 +41,12 @@ func TestMain(m *testing.M) {
 	}
 	// Otherwise every process with the race detector waits a second before it exits.
 	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
+	// The tests wait most of the time, so that more of them fit side by side than there
+	// are processors.
+	flag.Parse()
+	if err := flag.Set("test.parallel", strconv.Itoa(6*runtime.GOMAXPROCS(0))); err != nil {
+		panic(err)
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -73,7 +82,7 @@ func want(t *testing.T, report conformance.Report, v conformance.Verdict, names 
 var ofServers = []string{"SOCKS-8/delivery", "SRV-4/stranger"}
 
 // sample are cases in which a host with any fault has to hold.
-var sample = []string{"ARG-1/form", "SOCKS-7/connect"}
+var sample = []string{"ARG-1/form", "LINE-11/env-error", "LIFE-5/early"}
 
 // A host that keeps to everything, but has no servers.
 func TestSmallHost(t *testing.T) {
