@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,6 +36,8 @@ type smallHost struct {
 			Plain     bool            `json:"plain"`
 			Proxy     string          `json:"proxy"`
 			State     string          `json:"state"`
+			Role      string          `json:"role"`
+			Deliver   string          `json:"deliver"`
 		} `json:"transports"`
 		Fronts []struct {
 			Listen   string          `json:"listen"`
@@ -96,7 +99,9 @@ func (h *smallHost) openState() error {
 		return err
 	}
 	if open {
-		return os.Chmod(path, 0o755)
+		if err := os.Chmod(path, 0o755); err != nil {
+			return err
+		}
 	}
 	if h.is("shares the state directory") {
 		return nil
@@ -112,7 +117,7 @@ func (h *smallHost) supervise(ctx context.Context) error {
 		if err != nil && (number == 1 || errors.Is(err, errRefused) || ctx.Err() != nil) {
 			return err
 		}
-		if number == 1 {
+		if number == 1 && len(h.file.Fronts) > 0 {
 			if err := h.serve(); err != nil {
 				return err
 			}
@@ -146,10 +151,15 @@ var errRefused = errors.New("the child is refused")
 // arguments are those of the child, and its first line.
 func (h *smallHost) arguments() (args []string, first string) {
 	t := h.file.Transports["probe"]
-	info, _ := json.Marshal(map[string]any{"version": []int{1}, "listen": "unix", "proxy": t.Proxy})
-	if t.Proxy == "" {
-		info = []byte(`{"version":[1],"listen":"unix"}`)
+	host := map[string]any{"version": []int{1}, "listen": "unix"}
+	if t.Proxy != "" {
+		host["proxy"] = t.Proxy
 	}
+	role := "client"
+	if t.Role == "server" {
+		role, host["deliver"] = t.Role, "unix:"+deliverName
+	}
+	info, _ := json.Marshal(host) // it is made of strings and numbers
 	config := string(t.Config)
 	switch {
 	case t.Plain && h.is("hands HOST to plain children"):
@@ -157,11 +167,11 @@ func (h *smallHost) arguments() (args []string, first string) {
 	case t.Plain:
 		return []string{config}, ""
 	case t.ConfigVia == "argv" || h.is("shows secrets on command lines"):
-		return []string{"client", config, string(info)}, ""
+		return []string{role, config, string(info)}, ""
 	case h.is("writes the wrong configuration"):
 		config = "{}"
 	}
-	return []string{"client", "-"}, fmt.Sprintf(`{"config":%s,"host":%s}`, strings.ReplaceAll(config, "\n", " "), info)
+	return []string{role, "-"}, fmt.Sprintf(`{"config":%s,"host":%s}`, strings.ReplaceAll(config, "\n", " "), info)
 }
 
 // start starts a child and waits until it is ready.
@@ -169,6 +179,12 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
+	}
+	var deliveries net.Listener
+	if h.file.Transports["probe"].Role == "server" {
+		if deliveries, err = h.dir.Listen(deliverName); err != nil {
+			return nil, err
+		}
 	}
 	args, first := h.arguments()
 	ready := make(chan error, 16)
@@ -213,11 +229,11 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 				if h.is("keeps all signals") {
 					h.kept = append(h.kept, line, []byte(string(line)))
 				}
-			default:
+			case stdio.SMethodsDone:
+				ready <- nil
+			case stdio.Unknown:
 				if h.is("dies of unknown keywords") {
-					if _, known := m.(stdio.Version); !known {
-						os.Exit(1)
-					}
+					os.Exit(1)
 				}
 			}
 			if h.is("stops reading") && served.Load() {
@@ -238,6 +254,9 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	if err != nil {
 		return nil, err
 	}
+	if deliveries != nil {
+		go h.take(deliveries, p)
+	}
 	if first != "" {
 		if err := p.WriteLine([]byte(first)); err != nil {
 			return nil, errors.Join(err, p.Stop(context.Background()))
@@ -256,7 +275,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	if err == nil {
+	if err == nil && h.file.Transports["probe"].Role != "server" {
 		err = h.check(p, addr, names)
 	}
 	if h.is("asks everybody for statistics") && err == nil {
@@ -273,7 +292,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 func (h *smallHost) check(p *proc.Process, text, names string) error {
 	addr, err := localnet.ParseAddr(text)
 	if err != nil {
-		if h.is("believes a public address") {
+		if h.is("believes a public address") && text != "" {
 			return nil
 		}
 		return err
@@ -307,9 +326,6 @@ func (h *smallHost) reach(ctx context.Context, addr localnet.Addr) (net.Conn, er
 }
 
 func (h *smallHost) serve() error {
-	if len(h.file.Fronts) == 0 {
-		return errors.New("this host has no servers")
-	}
 	front := h.file.Fronts[0]
 	settings := ptipc.Opaque(front.Settings)
 	if h.is("loses settings") {
@@ -335,7 +351,7 @@ func (h *smallHost) serve() error {
 		if h.is("looks names up") {
 			dest = "192.0.2.1:443"
 		}
-		if h.is("sends settings always") {
+		if h.is("sends settings always") && settings.Empty() {
 			name, _, _ := net.SplitHostPort(dest)
 			_, err = conn.Write([]byte("\x05\x01\x80{}\x05\x01\x00\x03" + string(rune(len(name))) + name + "\x01\xbb"))
 			if err == nil {
@@ -361,6 +377,38 @@ func (h *smallHost) serve() error {
 	}}
 	go func() { h.say(server.Serve(l)) }()
 	return nil
+}
+
+// deliverName is the socket at which servers bring connections.
+const deliverName = "deliver"
+
+// take takes deliveries of a child.
+func (h *smallHost) take(l net.Listener, p *proc.Process) {
+	server := &socks.Server{Bound: true, Dial: func(ctx context.Context, r *socks.Request) (net.Conn, error) {
+		peer, err := localnet.Peer(r.Client)
+		if err != nil {
+			return nil, err
+		}
+		pids, err := p.Pids()
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(pids, peer.PID) && !h.is("takes deliveries from anybody") {
+			return nil, ptipc.ErrNotAllowed
+		}
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", strings.TrimPrefix(h.file.Transports["probe"].Deliver, "tcp://"))
+	}}
+	if h.is("shows the address that it is bound to") {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		_, _ = conn.Read(make([]byte, 4096))
+		_, _ = conn.Write([]byte("\x05\x80\x05\x00\x00\x01\x7f\x00\x00\x01\x12\x34ping"))
+		return
+	}
+	_ = server.Serve(l)
 }
 
 // oneEnd has no two ends.
