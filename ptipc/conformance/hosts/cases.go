@@ -28,8 +28,8 @@ const (
 	floodSize = 64 << 20
 	bounded   = 32 << 20
 	// signalSize is the same for signals, which cost a host more than other lines.
-	signalSize    = 24 << 20
-	signalBounded = 16 << 20
+	signalSize    = 32 << 20
+	signalBounded = 24 << 20
 	// quiet is for how long nothing must happen.
 	quiet = 1500 * time.Millisecond
 	// finish is how long a child that is stopped in order takes, which a host allows.
@@ -121,12 +121,14 @@ func inMemory(t *trial, size, bound int64) {
 	h := t.up()
 	before := t.memory(h)
 	t.begin()
+	began := time.Now()
 	most := before
 	if !t.within(caseTimeout, func() bool {
 		most = max(most, t.memory(h))
 		return len(t.told("wrote")) > 0 || h.hasEnded()
 	}) || len(t.told("wrote")) == 0 {
-		t.fell("the host reads all that the child writes", "it has read %d of %d MiB; %s", len(t.told("written")), size>>20, t.state())
+		t.fell("the host reads all that the child writes", "in %v it has read %d of %d MiB, and has grown by %d MiB; %s",
+			time.Since(began).Round(time.Second), len(t.told("written")), size>>20, (most-before)>>20, t.state())
 	}
 	if most = max(most, t.memory(h)); most-before > bound {
 		t.fell(fmt.Sprintf("memory stays bounded while the child writes %d MiB", size>>20), "the host grew by %d MiB", (most-before)>>20)
