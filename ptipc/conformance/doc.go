@@ -32,6 +32,6 @@
 // For a server the suite is the host to which connections are delivered (SRV-3), and
 // the courier of its signals. Some cases look at the child's sockets in
 // /proc and are run on Linux alone; the one about other users of the machine
-// (SOCKS-17) needs root. Clauses that bind the host, and those whose breach does not
-// show, have no case.
+// (SOCKS-17) needs root. Clauses that bind the host have their cases in package hosts;
+// those whose breach does not show have none.
 package conformance

@@ -338,6 +338,18 @@ func TestGeneratedRefuses(t *testing.T) {
 	}
 }
 
+// A message that does not say what is wrong with the configuration is completed, since it
+// is all that many people see (ERR-3).
+func TestCMethodErrorTellsOfTheConfiguration(t *testing.T) {
+	config := &ptipc.ConfigError{Pointer: "/port", Value: "0", Problem: "is no port", Remedy: "write 443"}
+	for _, message := range []string{"it did not start", "it did not start: " + config.Error()} {
+		got := stdio.CMethodError{Name: "e", Class: ptipc.ClassOf(config), Message: message, Config: config}.Error()
+		if want := "e: it did not start: " + config.Error(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
 // A CMethodError without a message still says something.
 func TestCMethodErrorText(t *testing.T) {
 	config := &ptipc.ConfigError{Pointer: "/a", Problem: "is empty"}
