@@ -36,7 +36,7 @@ func TestConformHost(t *testing.T) {
 	for _, dialect := range []string{"seed", "pt1"} {
 		t.Run(dialect, func(t *testing.T) {
 			t.Parallel()
-			report := conformHost(t, "--strict", "--dialect", dialect, "--", self, "run", "{config}")
+			report := conformHost(t, "--strict", "--patience", "10s", "--dialect", dialect, "--", self, "run", "{config}")
 			if len(report.Results) < 50 {
 				t.Errorf("only %d cases", len(report.Results))
 			}

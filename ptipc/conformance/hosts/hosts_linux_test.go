@@ -84,7 +84,7 @@ var sample = []string{"ARG-1", "LINE-11", "SOCKS-13"}
 // A host that keeps to everything.
 func TestSmallHost(t *testing.T) {
 	t.Parallel()
-	want(t, run(t, subject(t, ""), hosts.Options{Parallel: 8}), conformance.FellShort)
+	want(t, run(t, subject(t, ""), hosts.Options{Parallel: 8, Patience: 10 * time.Second}), conformance.FellShort)
 }
 
 // Each broken host falls short of the cases of its fault, and of no others of the same
@@ -135,7 +135,7 @@ func TestBrokenHosts(t *testing.T) {
 				asked = append(asked, clause)
 			}
 			report := run(t, subject(t, fault), hosts.Options{
-				Pattern: `^(` + strings.Join(asked, "|") + `)/`, Patience: 2 * time.Second, Parallel: 4,
+				Pattern: `^(` + strings.Join(asked, "|") + `)/`, Patience: 3 * time.Second, Parallel: 4,
 			})
 			want(t, report, conformance.FellShort, fells...)
 		})
@@ -147,7 +147,7 @@ func TestOrphaningHost(t *testing.T) {
 	t.Parallel()
 	s := subject(t, "")
 	s.Command = append([]string{"/bin/sh", "-c", `"$@" & host=$!; trap 'kill $host' TERM; wait; wait`, "sh"}, s.Command...)
-	report := run(t, s, hosts.Options{Pattern: "^LIFE-[45]/", Patience: 2 * time.Second, Parallel: 4})
+	report := run(t, s, hosts.Options{Pattern: "^LIFE-[45]/", Patience: 3 * time.Second, Parallel: 4})
 	want(t, report, conformance.FellShort, "LIFE-5/killed", "LIFE-5/stubborn", "LIFE-5/wrapper", "LIFE-5/fork", "LIFE-5/setsid", "LIFE-5/early")
 }
 

@@ -64,10 +64,12 @@ type Options struct {
 
 const (
 	defaultPatience = 5 * time.Second
-	// caseTimeout bounds one case, but for its cleaning up.
-	caseTimeout = 10 * time.Second
+	// longest is how long a single thing is waited for that may take more than patience.
+	longest = 10 * time.Second
+	// caseTimeout bounds one case on a machine that has much else to do.
+	caseTimeout = 2 * longest
 	// startTimeout is what the suite's HOST.json says.
-	startTimeout = 2 * time.Second
+	startTimeout = 5 * time.Second
 )
 
 // Cases returns the cases of a dialect in the order in which they are reported.
@@ -89,6 +91,7 @@ type probe struct {
 	write func(t *trial) // changes HOST.json; the case needs {config} then
 	// proxied gives the child an upstream proxy; the case needs {config} or {proxy}.
 	proxied bool
+	heavy   bool // it is run when no other heavy one is, since it measures
 	child   script
 	check   func(t *trial)
 }
@@ -142,6 +145,7 @@ type suite struct {
 	patience time.Duration
 	base     string // everything that the run writes is in here
 	net      [2]int // the middle of the loopback addresses of this run's fronts
+	heavy    sync.Mutex
 }
 
 // Run runs the host once for each case, several at once. Nothing is left when it
@@ -257,6 +261,10 @@ func (s *suite) judge(ctx context.Context, number int, p *probe) conformance.Res
 	if err := context.Cause(ctx); err != nil {
 		t.result.Verdict, t.result.Why = conformance.NotRun, "the run was ended: "+err.Error()
 		return t.result
+	}
+	if p.heavy {
+		s.heavy.Lock()
+		defer s.heavy.Unlock()
 	}
 	var cancel context.CancelFunc
 	t.ctx, cancel = context.WithTimeout(ctx, caseTimeout)
