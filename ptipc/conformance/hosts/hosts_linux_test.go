@@ -145,7 +145,7 @@ func TestBrokenHosts(t *testing.T) {
 // A host that leaves everything behind when its leader is killed.
 func TestOrphaningHost(t *testing.T) {
 	t.Parallel()
-	s := subject(t, "")
+	s := subject(t, "waits for ever") // what is left would end by itself otherwise
 	s.Command = append([]string{"/bin/sh", "-c", `"$@" & host=$!; trap 'kill $host' TERM; wait; wait`, "sh"}, s.Command...)
 	report := run(t, s, hosts.Options{Pattern: "^LIFE-[45]/", Patience: 3 * time.Second, Parallel: 4})
 	want(t, report, conformance.FellShort, "LIFE-5/killed", "LIFE-5/stubborn", "LIFE-5/wrapper", "LIFE-5/fork", "LIFE-5/setsid", "LIFE-5/early")
