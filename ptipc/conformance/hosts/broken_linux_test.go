@@ -262,7 +262,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 			return nil, errors.Join(err, p.Stop(context.Background()))
 		}
 	}
-	patience := 2 * time.Second
+	patience := 5 * time.Second
 	if h.is("waits for ever") {
 		patience = time.Hour
 	}

@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	// The tests wait most of the time, so that more of them fit side by side than there
 	// are processors.
 	flag.Parse()
-	if err := flag.Set("test.parallel", strconv.Itoa(6*runtime.GOMAXPROCS(0))); err != nil {
+	if err := flag.Set("test.parallel", strconv.Itoa(5*runtime.GOMAXPROCS(0))); err != nil {
 		panic(err)
 	}
 	goleak.VerifyTestMain(m)
@@ -135,7 +135,7 @@ func TestBrokenHosts(t *testing.T) {
 				asked = append(asked, clause)
 			}
 			report := run(t, subject(t, fault), hosts.Options{
-				Pattern: `^(` + strings.Join(asked, "|") + `)/`, Patience: 3 * time.Second, Parallel: 4,
+				Pattern: `^(` + strings.Join(asked, "|") + `)/`, Patience: 5 * time.Second, Parallel: 2,
 			})
 			want(t, report, conformance.FellShort, fells...)
 		})
@@ -147,7 +147,7 @@ func TestOrphaningHost(t *testing.T) {
 	t.Parallel()
 	s := subject(t, "waits for ever") // what is left would end by itself otherwise
 	s.Command = append([]string{"/bin/sh", "-c", `"$@" & host=$!; trap 'kill $host' TERM; wait; wait`, "sh"}, s.Command...)
-	report := run(t, s, hosts.Options{Pattern: "^LIFE-[45]/", Patience: 3 * time.Second, Parallel: 4})
+	report := run(t, s, hosts.Options{Pattern: "^LIFE-[45]/", Patience: 5 * time.Second, Parallel: 4})
 	want(t, report, conformance.FellShort, "LIFE-5/killed", "LIFE-5/stubborn", "LIFE-5/wrapper", "LIFE-5/fork", "LIFE-5/setsid", "LIFE-5/early")
 }
 
