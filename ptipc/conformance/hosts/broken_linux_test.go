@@ -159,6 +159,9 @@ func (h *smallHost) arguments() (args []string, first string) {
 	if t.Role == "server" {
 		role, host["deliver"] = t.Role, "unix:"+deliverName
 	}
+	if h.is("names no version") {
+		delete(host, "version")
+	}
 	info, _ := json.Marshal(host) // it is made of strings and numbers
 	config := string(t.Config)
 	switch {
@@ -190,6 +193,7 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 	ready := make(chan error, 16)
 	var addr, names string
 	var served atomic.Bool
+	versioned := false
 	proxied := h.file.Transports["probe"].Proxy == ""
 	spec := proc.Spec{
 		Path: h.file.Transports["probe"].Exec, Args: args, Dir: h.dir.Path(), Launcher: []string{self, asLauncher},
@@ -205,7 +209,12 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 				return
 			}
 			switch m := message.(type) {
+			case stdio.Version:
+				versioned = true
 			case stdio.CMethod:
+				if !versioned && h.is("wants VERSION") {
+					ready <- errRefused
+				}
 				addr, names = m.Addr, names+m.Name
 			case stdio.CMethodError:
 				if !h.is("hides errors") {
@@ -240,6 +249,9 @@ func (h *smallHost) start(ctx context.Context) (*proc.Process, error) {
 				select {}
 			}
 		},
+	}
+	if h.is("stops reading standard error") {
+		spec.OnStderr = func(string) { select {} }
 	}
 	if h.is("kills the process group alone") {
 		spec.Launcher = nil
@@ -305,6 +317,9 @@ func (h *smallHost) check(p *proc.Process, text, names string) error {
 	h.addr, h.names = addr, names
 	if h.is("takes any socket") {
 		return nil
+	}
+	if addr.Unix() && h.is("knows no unix sockets") {
+		return errRefused
 	}
 	conn, err := h.reach(context.Background(), addr)
 	if err != nil {

@@ -97,6 +97,11 @@ func TestBrokenHosts(t *testing.T) {
 	for fault, fells := range map[string][]string{
 		"writes the wrong configuration":        {"ARG-3/config"},
 		"shows secrets on command lines":        {"ARG-4/secret", "ARG-7/deaf"},
+		"names no version":                      {"ARG-5/version"},
+		"stops reading standard error":          {"LIFE-10/stderr", "LIFE-10/stderr-endless"},
+		"wants VERSION":                         {"LINE-3/no-version"},
+		"knows no unix sockets":                 {"LINE-5/unix"},
+		"never restarts":                        {"LIFE-7/lives-on"},
 		"hands HOST to plain children":          {"ARG-6/plain"},
 		"dies of garbage":                       {"LINE-1/garbage", "LINE-1/malformed", "SIG-1/garbage"},
 		"buffers an endless line":               {"LINE-1/endless"},
