@@ -79,7 +79,7 @@ func (f *benchFlags) runSoak(cmd *cobra.Command, o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.wire.Close(), r.stop(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, s.wire.Close(), r.stop(context.WithoutCancel(ctx)), opener.console.close()) }()
 
 	c := soak.Config{
 		Duration: f.soak, Streams: soakStreams, Every: soakEvery, Dial: s.dial, Patience: soakPatience, Listener: far,
@@ -170,9 +170,12 @@ func (s *soaking) start(ctx context.Context, o *opener, far string) (*runner, er
 		return nil, errors.Join(err, s.wire.Close())
 	}
 	file.Transports["client"] = client
+	if o.console, err = newConsole(ctx, func() {}, file, io.Discard, o.log); err != nil {
+		return nil, errors.Join(err, s.wire.Close())
+	}
 	r := &runner{opener: o, out: io.Discard, transports: map[string]*ptipc.Transport{}, servers: map[string]ptipc.ServerManager{}}
 	if err := r.start(ctx, file); err != nil {
-		return nil, errors.Join(err, s.wire.Close(), r.stop(ctx))
+		return nil, errors.Join(err, s.wire.Close(), r.stop(ctx), o.console.close())
 	}
 	s.front = r.fronts[0].listener.Addr().String()
 	s.dest = far
