@@ -79,7 +79,9 @@ func (f *benchFlags) runSoak(cmd *cobra.Command, o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.wire.Close(), r.stop(context.WithoutCancel(ctx)), opener.console.close()) }()
+	defer func() {
+		err = errors.Join(err, s.wire.Close(), r.stop(context.WithoutCancel(ctx)), opener.console.close())
+	}()
 
 	c := soak.Config{
 		Duration: f.soak, Streams: soakStreams, Every: soakEvery, Dial: s.dial, Patience: soakPatience, Listener: far,
