@@ -160,12 +160,7 @@ func (m *mux) carrier(ctx context.Context, settings ptipc.Opaque) (*muxCarrier, 
 	if m.closed {
 		return nil, net.ErrClosed
 	}
-	p := m.pools[string(settings)]
-	if p == nil {
-		m.makeRoom()
-		p = new(pool)
-		m.pools[string(settings)] = p
-	}
+	p := m.pool(settings)
 	if p.old {
 		return nil, nil //nolint:nilnil // there is none, and that is no error
 	}
@@ -229,9 +224,18 @@ func (m *mux) makeRoom() {
 func (m *mux) learnOld(settings ptipc.Opaque) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if p := m.pools[string(settings)]; p != nil {
-		p.old = true
+	m.pool(settings).old = true // of a new one, if the carrier that was told so has gone
+}
+
+// pool is that of the settings, made if need be. m.mu is held.
+func (m *mux) pool(settings ptipc.Opaque) *pool {
+	p := m.pools[string(settings)]
+	if p == nil {
+		m.makeRoom()
+		p = new(pool)
+		m.pools[string(settings)] = p
 	}
+	return p
 }
 
 // closeIdle closes a carrier that nobody has used for a while.
