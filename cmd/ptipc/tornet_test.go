@@ -30,6 +30,7 @@ type tornet struct {
 	authorities string // lines of torrc
 	curl        string
 	site        string // the web server, host:port
+	exit        *torProcess
 
 	mu   sync.Mutex
 	next int // the port to try next
@@ -100,7 +101,7 @@ func newTornet(t testing.TB, site http.Handler) *tornet {
 	// Only authorities are directory caches: a young relay has nothing to give, and
 	// who asks it waits for long before asking another.
 	n.start(t, "relay", n.relay("relay", n.port(t))+"ExitPolicy reject *:*\nDirCache 0\n")
-	n.start(t, "exit", n.relay("exit", n.port(t))+"ExitRelay 1\nExitPolicyRejectPrivate 0\nExitPolicy accept *:*\nDirCache 0\n")
+	n.exit = n.start(t, "exit", n.relay("exit", n.port(t))+"ExitRelay 1\nExitPolicyRejectPrivate 0\nExitPolicy accept *:*\nDirCache 0\n")
 
 	// Whoever asks before there is a consensus waits for long before asking again.
 	consensus := fmt.Sprintf("http://127.0.0.1:%d/tor/status-vote/current/consensus-microdesc", dirPorts[torAuthorities-1])
@@ -399,6 +400,8 @@ func (n *tornet) client(t testing.TB, name, line, transport string, side torSide
 // get fetches a page of the site through a client.
 func (n *tornet) get(t testing.TB, socks, page string) string {
 	t.Helper()
+	// Until it has a consensus, an exit takes the relays before it for clients, and refuses.
+	n.exit.await(t, "Bootstrapped 75%")
 	out, err := exec.CommandContext(t.Context(), n.curl, "-sS", "--fail", "--max-time", "60", "--socks5-hostname", socks, "http://"+n.site+page).CombinedOutput()
 	if err != nil {
 		t.Fatalf("curl: %v: %s", err, out)
