@@ -50,8 +50,8 @@ func reset(c *net.TCPConn) {
 }
 
 // startBreakable is a chain with one connection through it. near is the program's end,
-// far the destination's.
-func startBreakable(t *testing.T, via string) (c *chain, near, far *net.TCPConn, cut func()) {
+// far the destination's. So many bytes have gone each way, at least four.
+func startBreakable(t *testing.T, via string, bulk int) (c *chain, near, far *net.TCPConn, cut func()) {
 	t.Helper()
 	accepted, release := make(chan *net.TCPConn, 1), make(chan struct{})
 	dest := serve(t, func(conn *net.TCPConn) {
@@ -75,12 +75,19 @@ func startBreakable(t *testing.T, via string) (c *chain, near, far *net.TCPConn,
 	for _, conn := range []*net.TCPConn{near, far} {
 		_ = conn.SetDeadline(time.Now().Add(patience)) // fails only on a closed conn
 	}
-	for _, way := range [][2]*net.TCPConn{{near, far}, {far, near}} {
-		if _, err := way[0].Write([]byte("part")); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.ReadFull(way[1], make([]byte, 4)); err != nil {
-			t.Fatal(err)
+	for _, size := range []int{4, bulk, bulk} {
+		for _, way := range [][2]*net.TCPConn{{near, far}, {far, near}} {
+			sent := make(chan error, 1)
+			go func() {
+				_, err := way[0].Write(make([]byte, size))
+				sent <- err
+			}()
+			if _, err := io.ReadFull(way[1], make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	return c, near, far, cut
@@ -88,9 +95,14 @@ func startBreakable(t *testing.T, via string) (c *chain, near, far *net.TCPConn,
 
 // A stream that breaks is never taken for one that has ended, wherever along the chain
 // and however it breaks, in both directions, and also when the other direction has
-// ended before (SOCKS-15, SOCKS-20).
+// ended before (SOCKS-15, SOCKS-20), or both sockets were handed to the children (SOCKS-25).
 func TestChainBreaks(t *testing.T) {
-	eachVia(t, func(t *testing.T, via string) {
+	eachVia(t, func(t *testing.T, via string) { breaksOf(t, via, 0) })
+	t.Run("bulk", func(t *testing.T) { breaksOf(t, "free", 600<<10) })
+}
+
+func breaksOf(t *testing.T, via string, bulk int) {
+	{
 		type ends struct {
 			*chain
 			near, far *net.TCPConn
@@ -107,7 +119,7 @@ func TestChainBreaks(t *testing.T) {
 		} {
 			for _, ended := range []string{"", "after the program's end", "after the destination's end"} {
 				t.Run(name+" "+ended, func(t *testing.T) {
-					c, near, far, cut := startBreakable(t, via)
+					c, near, far, cut := startBreakable(t, via, bulk)
 					end := func(of, at *net.TCPConn) {
 						if err := of.CloseWrite(); err != nil {
 							t.Fatal(err)
@@ -139,5 +151,5 @@ func TestChainBreaks(t *testing.T) {
 				})
 			}
 		}
-	})
+	}
 }

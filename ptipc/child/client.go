@@ -190,7 +190,7 @@ func (c *client) granted(conn net.Conn) net.Conn {
 	if end == nil {
 		return conn
 	}
-	return c.clients.Conn(conn, relay.Options{End: end})
+	return c.clients.Conn(conn, relay.Options{End: end, TakeOver: true})
 }
 
 // track keeps a connection under its client's name until it is closed.

@@ -154,7 +154,7 @@ func (s *server) dialHost(remote net.Addr) (net.Conn, error) {
 	if end == nil {
 		return conn, nil
 	}
-	return s.hosts.Conn(conn, relay.Options{End: end, OnClose: end.Release}), nil
+	return s.hosts.Conn(conn, relay.Options{End: end, TakeOver: true, OnClose: end.Release}), nil
 }
 
 func (s *server) wait() error { return s.manager.Wait() }

@@ -111,12 +111,12 @@ var (
 	withoutSignals = []string{"SIG-1/form", "SIG-2/no-peer", "SIG-3/unanswered", "SIG-4/size"}
 	ofServer       = []string{"SIG-1/form", "SIG-2/repeated", "SIG-3/unanswered", "SIG-4/size"} // without signals
 	ofProxying     = []string{"SRV-2/connects", "SRV-2/no-deliver"}
-	ofDelivering   = []string{"SRV-3/delivers", "SRV-3/nothing-before-the-reply", "SRV-3/refused", "SRV-3/no-deliver", "SOCKS-20/delivered", "SOCKS-20/broken-wire", "SOCKS-21/broken-host"}
+	ofDelivering   = []string{"SRV-3/delivers", "SRV-3/nothing-before-the-reply", "SRV-3/refused", "SRV-3/no-deliver", "SOCKS-20/delivered", "SOCKS-20/broken-wire", "SOCKS-21/broken-host", "SOCKS-24/service", "SOCKS-25/broken-wire"}
 	ofBound        = []string{"SOCKS-11/anywhere", "SOCKS-11/elsewhere"}
 	ofFree         = []string{
 		"SOCKS-12/nowhere", "SOCKS-13/name", "SOCKS-14/hang-up", "SOCKS-14/end-without-early-data", "SOCKS-14/end-after-early-data",
 		"SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/broken-far-end", "SOCKS-15/broken-client",
-		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client",
+		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client", "SOCKS-24/handed-over", "SOCKS-25/broken",
 		"ERR-1/refused", "ERR-1/unknown-name", "ERR-2/same-class", "PROXY-1/failing", "PROXY-3/name",
 	}
 	// Of these, a bound client that leads to the suite can be asked for more.
@@ -129,7 +129,7 @@ var (
 		"ARG-5/unknown-keys", "ARG-5/listen-unix", "LINE-3/no-version", "SOCKS-17/other-user-unix", "SOCKS-17/socket-mode",
 		"SOCKS-17/host-user", "PROXY-1/done-first", "PROXY-1/not-around", "PROXY-1/failing", "PROXY-1/unreachable", "PROXY-1/unusable",
 		"PROXY-3/name", "PROXY-3/password", "PROXY-3/secret", "PROXY-1/nothing-around", "PROXY-3/nothing-looked-up",
-		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client",
+		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client", "SOCKS-24/handed-over", "SOCKS-25/broken",
 	}
 	ofStats = []string{
 		"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id", "LINE-1/cr",
@@ -273,12 +273,16 @@ var (
 		{"does not see a hang-up", []string{"SOCKS-14/hang-up", "SOCKS-14/end-without-early-data"}},
 		{"takes a half-close for a hang-up", []string{"SOCKS-14/end-after-early-data"}},
 		{"ends both directions at once", []string{
-			"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk", "SOCKS-20/clean",
+			"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk", "SOCKS-20/clean", "SOCKS-24/handed-over",
 		}},
-		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client"}},
+		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client", "SOCKS-25/broken"}},
 		{"marks nothing", []string{"SOCKS-20/clean"}},
-		{"marks what broke", []string{"SOCKS-20/broken-far-end"}},
+		{"marks what broke", []string{"SOCKS-20/broken-far-end", "SOCKS-25/broken"}},
 		{"does not look at marks", []string{"SOCKS-21/broken-client"}},
+		{"reads on from the unix socket", []string{"SOCKS-24/handed-over", "SOCKS-25/broken"}},
+		{"does not wait for the host", []string{"SOCKS-24/handed-over", "SOCKS-25/broken"}},
+		{"never finishes", []string{"SOCKS-24/handed-over"}},
+		{"finishes what broke", []string{"SOCKS-25/broken"}},
 		{"lets everybody in", []string{"SOCKS-17/other-user"}},
 		{"open unix socket", []string{"SOCKS-17/socket-mode"}},
 		{"open to everybody", []string{"SOCKS-17/other-user", "SOCKS-17/other-user-unix", "SOCKS-17/socket-mode"}},
@@ -352,7 +356,7 @@ var (
 			"ARG-4/standard-input", "LINE-1/skipped", "LINE-2/unknown-keyword", "LIFE-8/files", "LIFE-11/loopback", "SIG-1/ignored",
 			"LIFE-8/watched", "LIFE-11/watched", "SRV-1/announced", "SRV-3/delivers", "SRV-3/nothing-before-the-reply", "SRV-3/refused", "SRV-3/half-close", "STAT-2/totals",
 			"LIFE-2/open-connection", "LIFE-3/open-connection", "LIFE-3/second", "LIFE-3/after-end",
-			"SOCKS-20/delivered", "SOCKS-20/broken-wire", "SOCKS-21/broken-host",
+			"SOCKS-20/delivered", "SOCKS-20/broken-wire", "SOCKS-21/broken-host", "SOCKS-24/service", "SOCKS-25/broken-wire",
 		}},
 		{"server: a name with a digit in front", []string{"SRV-1/announced"}},
 		{"server: ARGS with a bad escape", []string{"SRV-2/args"}},
@@ -360,13 +364,17 @@ var (
 		{"server: sends before the reply", []string{"SRV-3/nothing-before-the-reply"}},
 		{"server: does not read the reply", []string{"SRV-3/refused"}},
 		{"server: needs no deliver", []string{"SRV-3/no-deliver"}},
-		{"server: ends both directions at once", []string{"SRV-3/half-close", "SOCKS-21/broken-host"}},
+		{"server: ends both directions at once", []string{"SRV-3/half-close", "SOCKS-21/broken-host", "SOCKS-24/service"}},
 		{"server: marks nothing", []string{"SOCKS-20/delivered"}},
-		{"server: marks what broke", []string{"SOCKS-20/broken-wire"}},
+		{"server: marks what broke", []string{"SOCKS-20/broken-wire", "SOCKS-25/broken-wire"}},
 		{"server: does not look at marks", []string{"SOCKS-21/broken-host"}},
 		{"server: counts nothing", []string{"STAT-2/totals"}},
 	}
 	serverSharedFaults = []fault{
+		{"reads on from the unix socket", []string{"SOCKS-24/service", "SOCKS-25/broken-wire"}},
+		{"does not wait for the host", []string{"SOCKS-24/service", "SOCKS-25/broken-wire"}},
+		{"never finishes", []string{"SOCKS-24/service"}},
+		{"finishes what broke", []string{"SOCKS-25/broken-wire"}},
 		{"announces after the end", []string{"SRV-1/last"}},
 		{"exits with 1 for bad JSON", []string{"ARG-3/not-an-object", "ARG-4/not-json", "LIFE-9/exit-code", "LIFE-9/standard-error"}},
 		{"exits with 1 for a bad command line", []string{"ARG-3/shape", "LIFE-9/exit-code"}},
@@ -849,7 +857,7 @@ func TestFreeOverWebsocket(t *testing.T) {
 
 func TestDirect(t *testing.T) {
 	t.Parallel()
-	demandAll(t, conformance.Subject{Path: tool(t), Args: []string{"transport", "direct"}}, slices.Concat(withoutKeys, withoutSignals, ofBound, []string{"LINE-10/status"}))
+	demandAll(t, conformance.Subject{Path: tool(t), Args: []string{"transport", "direct"}}, slices.Concat(withoutKeys, withoutSignals, ofBound, []string{"LINE-10/status", "SOCKS-24/handed-over", "SOCKS-25/broken"}))
 }
 
 // demandAll demands every MUST and SHOULD, and that no other case than these could

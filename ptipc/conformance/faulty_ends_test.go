@@ -15,6 +15,7 @@ type faultyEnd struct {
 	name       string
 	id         uint64
 	own, other int64
+	mu         sync.Mutex // for notes
 }
 
 var (
@@ -34,7 +35,7 @@ func (f *faulty) dialing() *faultyEnd {
 		return nil
 	}
 	slot := faultySlots.Add(1)
-	e := &faultyEnd{memory: f.memory(), id: 2*slot + uint64(os.Getpid())<<32}
+	e := &faultyEnd{memory: f.memory(), id: 8*slot + uint64(os.Getpid())<<32}
 	e.name = fmt.Sprintf("@%04x%016x", slot, e.id)
 	e.own, e.other = int64(16*slot), int64(16*slot+8)
 	e.put(e.own, e.id)
@@ -56,10 +57,24 @@ func (e *faultyEnd) put(at int64, word uint64) {
 	_, _ = e.memory.WriteAt(binary.NativeEndian.AppendUint64(nil, word), at)
 }
 
-func (e *faultyEnd) mark() { e.put(e.own, e.id+1) }
+func (e *faultyEnd) get(at int64) uint64 {
+	var word [8]byte
+	_, _ = e.memory.ReadAt(word[:], at)
+	return binary.NativeEndian.Uint64(word[:])
+}
+
+// note sets bits of the end's own word.
+func (e *faultyEnd) note(bits uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if word := e.get(e.own); word&^7 == e.id {
+		e.put(e.own, word|bits)
+	}
+}
+
+func (e *faultyEnd) mark() { e.note(1) }
 
 func (e *faultyEnd) marked() bool {
-	var word [8]byte
-	_, _ = e.memory.ReadAt(word[:], e.other)
-	return binary.NativeEndian.Uint64(word[:]) == e.id+1
+	word := e.get(e.other)
+	return word&^7 == e.id && word&1 != 0
 }

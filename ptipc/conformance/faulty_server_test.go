@@ -96,6 +96,7 @@ func (f *faulty) handOver(wire *net.TCPConn) {
 	}
 	defer to.Close()
 	var both sync.WaitGroup
+	clean := true
 	copy := func(dst, src halfCloser, count *int) {
 		b := make([]byte, 32<<10)
 		for {
@@ -109,10 +110,16 @@ func (f *faulty) handOver(wire *net.TCPConn) {
 			if err == nil {
 				continue
 			}
-			if src == to && end != nil && !end.marked() && !f.is("server: does not look at marks") {
+			if src == to && end != nil && !over(src) && !end.marked() && !f.is("server: does not look at marks") {
 				err = io.ErrUnexpectedEOF
 			}
 			if !errors.Is(err, io.EOF) {
+				f.mu.Lock()
+				clean = false
+				f.mu.Unlock()
+				if end != nil && f.is("finishes what broke") {
+					end.note(4)
+				}
 				if end != nil && f.is("server: marks what broke") {
 					end.mark()
 				}
@@ -126,7 +133,7 @@ func (f *faulty) handOver(wire *net.TCPConn) {
 			}
 			break
 		}
-		if dst == to && end != nil && !f.is("server: marks nothing") {
+		if dst == to && end != nil && !over(dst) && !f.is("server: marks nothing") {
 			end.mark()
 		}
 		if f.is("server: ends both directions at once") {
@@ -148,11 +155,17 @@ func (f *faulty) handOver(wire *net.TCPConn) {
 		f.total.opened++
 	}
 	f.mu.Unlock()
+	finish := func(bool) {}
 	if !early {
+		var taker halfCloser
+		if taker, finish = f.taker(to.(net.Conn), end, nil); taker != nil {
+			to = taker
+		}
 		both.Go(func() { copy(to, wire, &f.total.received) })
 	}
 	both.Go(func() { copy(wire, to, &f.total.sent) })
 	both.Wait()
+	finish(clean)
 	f.mu.Lock()
 	f.total.active--
 	f.mu.Unlock()

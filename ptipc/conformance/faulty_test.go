@@ -944,14 +944,20 @@ func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
 func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 	name := localnet.ClientName(client.RemoteAddr())
 	end := f.accepted(name)
+	var to, from any = client, r
+	taker, finish := f.taker(client, end, r)
+	if taker != nil {
+		to, from = taker, taker
+	}
+	clean := true
 	f.mu.Lock()
 	counts := f.conns[name]
 	f.mu.Unlock()
 	var both sync.WaitGroup
-	copy := func(to net.Conn, from io.Reader, count *int) {
+	copy := func(dst io.Writer, src io.Reader, count *int) {
 		b := make([]byte, 32<<10)
 		for {
-			n, err := from.Read(b)
+			n, err := src.Read(b)
 			f.mu.Lock()
 			if !f.is("counts nothing") {
 				*count += n
@@ -960,16 +966,22 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 			if n == len(b) && f.is("changes full buffers") {
 				b[0]++
 			}
-			if _, werr := to.Write(b[:n]); werr != nil {
+			if _, werr := dst.Write(b[:n]); werr != nil {
 				err = werr
 			}
 			if err == nil {
 				continue
 			}
-			if from == r && end != nil && !end.marked() && !f.is("does not look at marks") {
+			if src == from && end != nil && !over(src) && !end.marked() && !f.is("does not look at marks") {
 				err = io.ErrUnexpectedEOF
 			}
 			if !errors.Is(err, io.EOF) && !f.is("hides a reset") {
+				f.mu.Lock()
+				clean = false
+				f.mu.Unlock()
+				if end != nil && f.is("finishes what broke") {
+					end.note(4)
+				}
 				if end != nil && f.is("marks what broke") {
 					end.mark()
 				}
@@ -985,16 +997,17 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 				client.Close()
 				wire.Close()
 			}
-			if to == client && end != nil && !f.is("marks nothing") {
+			if dst == to && end != nil && !over(dst) && !f.is("marks nothing") {
 				end.mark()
 			}
-			_ = to.(interface{ CloseWrite() error }).CloseWrite()
+			_ = dst.(interface{ CloseWrite() error }).CloseWrite()
 			return
 		}
 	}
-	both.Go(func() { copy(wire, r, &counts.sent) })
-	both.Go(func() { copy(client, wire, &counts.received) })
+	both.Go(func() { copy(wire, from.(io.Reader), &counts.sent) })
+	both.Go(func() { copy(to.(io.Writer), wire, &counts.received) })
 	both.Wait()
+	finish(clean)
 	client.Close()
 	wire.Close()
 	f.mu.Lock()
@@ -1005,4 +1018,10 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 	if delete(f.conns, name); f.is("never forgets") {
 		f.conns[name] = &faultyCounts{}
 	}
+}
+
+// over reports whether a socket that was taken over is in the place of the host's connection.
+func over(conn any) bool {
+	t, ok := conn.(interface{ taken() *net.TCPConn })
+	return ok && t.taken() != nil
 }

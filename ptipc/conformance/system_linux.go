@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -172,4 +174,48 @@ func fill(l *net.TCPListener) error {
 		return cerr
 	}
 	return err
+}
+
+// sendSocket sends one byte with the descriptor of a socket.
+func sendSocket(over net.Conn, socket *net.TCPConn) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	closed := raw.Control(func(fd uintptr) {
+		_, _, err = over.(*net.UnixConn).WriteMsgUnix([]byte{0}, unix.UnixRights(int(fd)), nil)
+	})
+	return errors.Join(closed, err)
+}
+
+// disconnect resets a connection of which another process has the socket too.
+func disconnect(socket *net.TCPConn) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	unspecified := unix.RawSockaddrAny{Addr: unix.RawSockaddr{Family: unix.AF_UNSPEC}}
+	var errno unix.Errno
+	err = raw.Control(func(fd uintptr) {
+		_, _, errno = unix.Syscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&unspecified)), unix.SizeofSockaddrInet4)
+	})
+	if errno != 0 {
+		err = errors.Join(err, errno)
+	}
+	return err
+}
+
+// hungUp reports whether the other end of a unix socket is closed.
+func hungUp(conn net.Conn) bool {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return true
+	}
+	is := true
+	_ = raw.Control(func(fd uintptr) {
+		state := []unix.PollFd{{Fd: int32(fd)}}
+		_, _ = unix.Poll(state, 0) // it says nothing else
+		is = state[0].Revents&unix.POLLHUP != 0
+	})
+	return is
 }

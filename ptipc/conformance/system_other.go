@@ -16,6 +16,9 @@ func dialing(netip.AddrPort) (bool, error)      { return false, errLinux }
 func descriptors(int) int                       { return 0 }
 func asUser(int, func() error) error            { return errLinux }
 func fill(*net.TCPListener) error               { return errLinux }
+func sendSocket(net.Conn, *net.TCPConn) error   { return errLinux }
+func disconnect(*net.TCPConn) error             { return errLinux }
+func hungUp(net.Conn) bool                      { return true }
 
 // A cell watches a child, where namespaces are.
 type cell struct{}

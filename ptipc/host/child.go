@@ -56,6 +56,7 @@ type child struct {
 	signals chan<- ptipc.Message // to be carried; nil if nobody does
 	dir     *localnet.Dir
 	ends    *localnet.Ends // nil if the child was not given any
+	hands   bool           // it may be handed sockets
 	env     ptipc.Env
 	log     *slog.Logger
 	trace   func(fromChild bool, line []byte)
@@ -137,6 +138,11 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 			err = fmt.Errorf("%w\n%s", err, hint) // a child may say on its control lines what it was refused
 		}
 		return nil, err
+	}
+	// SOCKS-26: a socket is a way out of a network of the child's own. A child of
+	// which no process is left has no use for any.
+	if pids, err := c.proc.Pids(); err == nil && ends != nil {
+		c.hands = localnet.SameNetwork(pids)
 	}
 	return c, nil
 }

@@ -283,7 +283,7 @@ func (s *served) take(ctx context.Context, r *socks.Request) (func(net.Conn), er
 	options := relay.Options{Remote: remoteAddr(d.Remote)}
 	if c.marks() {
 		if end := c.ends.Accepted(r.Client.RemoteAddr()); end != nil {
-			options.End = end
+			options.End, options.HandOver = end, c.hands
 		}
 	}
 	return func(conn net.Conn) { s.accepted <- s.s.meter.Conn(conn, options) }, nil

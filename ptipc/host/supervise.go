@@ -410,7 +410,7 @@ func (s *supervisor) dial(ctx context.Context, name string, settings ptipc.Opaqu
 		}
 		options := relay.Options{Ask: c.asker(m, raw)}
 		if end != nil {
-			options.End, options.OnClose = end, end.Release
+			options.End, options.HandOver, options.OnClose = end, c.hands, end.Release
 		}
 		conn := s.meter.Conn(raw, options)
 		s.mu.Lock()

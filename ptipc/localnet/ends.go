@@ -30,9 +30,17 @@ type Ends struct {
 type End struct {
 	ends *Ends
 	slot uint32
-	id   uint64 // even
+	id   uint64 // a multiple of 8
 	dial bool   // the connecting end
 }
+
+// What an end notes in its word, on top of the id (SOCKS-20, SOCKS-23).
+const (
+	ended    = 1 << iota // its direction has ended
+	takes                // it takes over the socket of the other end
+	finished             // and all that went over that socket has ended
+	notes    = ended | takes | finished
+)
 
 // name is what a client's socket is called in the abstract space, without the NUL: four
 // hexadecimal digits for the slot and sixteen for the id.
@@ -52,7 +60,7 @@ func putHex(b []byte, v uint64) {
 
 // dialing takes a slot for a connection that this process makes; nil if none is free.
 func (e *Ends) dialing() *End {
-	end := &End{ends: e, dial: true, id: rand.Uint64() &^ 1} //nolint:gosec // nobody is let in for knowing it
+	end := &End{ends: e, dial: true, id: rand.Uint64() &^ notes} //nolint:gosec // nobody is let in for knowing it
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	switch n := len(e.free); {
@@ -78,7 +86,7 @@ func (e *Ends) Accepted(addr net.Addr) *End {
 	}
 	slot, _ := strconv.ParseUint(unix.Name[1:5], 16, 16) // hasSlot has looked at the digits
 	id, _ := strconv.ParseUint(unix.Name[5:], 16, 64)
-	return &End{ends: e, slot: uint32(slot), id: id &^ 1}
+	return &End{ends: e, slot: uint32(slot), id: id &^ notes}
 }
 
 // Release gives the slot of a connecting end back. It is called once, when the
@@ -103,14 +111,36 @@ func (e *End) words() (own, other uint32) {
 // Mark notes that this end has sent all that it had to send. It comes before the
 // socket's own end (SOCKS-20). An end that was closed long ago cannot mark another
 // connection that has its slot now.
-func (e *End) Mark() {
-	own, _ := e.words()
-	e.ends.swap(own, e.id, e.id|1)
-}
+func (e *End) Mark() { e.note(ended) }
 
 // Marked reports whether the other end has sent all that it had to send. It is asked when
 // the stream has ended: without a mark it has broken (SOCKS-21).
-func (e *End) Marked() bool {
+func (e *End) Marked() bool { return e.noted(ended) }
+
+// Take notes that this end takes over the socket behind the other one (SOCKS-23).
+func (e *End) Take() { e.note(takes) }
+
+// Takes reports whether the other end takes over the socket behind this one.
+func (e *End) Takes() bool { return e.noted(takes) }
+
+// Finish notes that all that went over the socket that was taken over has ended (SOCKS-25).
+func (e *End) Finish() { e.note(finished) }
+
+// Finished reports whether the other end has noted that.
+func (e *End) Finished() bool { return e.noted(finished) }
+
+func (e *End) note(what uint64) {
+	own, _ := e.words()
+	for range 16 { // only this process writes there, unless the other one is hostile
+		word := e.ends.load(own)
+		if word&^notes != e.id || e.ends.swap(own, word, word|what) {
+			return
+		}
+	}
+}
+
+func (e *End) noted(what uint64) bool {
 	_, other := e.words()
-	return e.ends.load(other) == e.id|1
+	word := e.ends.load(other)
+	return word&^notes == e.id && word&what != 0
 }

@@ -73,6 +73,8 @@ func mapEnds(fd int) (*Ends, error) {
 	return e, nil
 }
 
-func (e *Ends) load(i uint32) uint64           { return atomic.LoadUint64(&e.words[i]) }
-func (e *Ends) store(i uint32, word uint64)    { atomic.StoreUint64(&e.words[i], word) }
-func (e *Ends) swap(i uint32, old, new uint64) { atomic.CompareAndSwapUint64(&e.words[i], old, new) }
+func (e *Ends) load(i uint32) uint64        { return atomic.LoadUint64(&e.words[i]) }
+func (e *Ends) store(i uint32, word uint64) { atomic.StoreUint64(&e.words[i], word) }
+func (e *Ends) swap(i uint32, old, new uint64) bool {
+	return atomic.CompareAndSwapUint64(&e.words[i], old, new)
+}

@@ -15,6 +15,6 @@ func InheritEnds(int) (*Ends, error) { return nil, errNoEnds }
 
 var errNoEnds = fmt.Errorf("localnet: memory to share with a child: %w", ErrUnsupported)
 
-func (*Ends) load(uint32) uint64          { return 0 }
-func (*Ends) store(uint32, uint64)        {}
-func (*Ends) swap(uint32, uint64, uint64) {}
+func (*Ends) load(uint32) uint64               { return 0 }
+func (*Ends) store(uint32, uint64)             {}
+func (*Ends) swap(uint32, uint64, uint64) bool { return true }

@@ -25,6 +25,15 @@ type Options struct {
 	// underneath cannot: both ends mark theirs. Nil is a nil interface.
 	End End
 
+	// TakeOver, with End, offers the other end of a unix socket to take over the socket that
+	// is behind it (SOCKS-23): a [Join] with what is not a socket then reads and
+	// writes that socket itself, and what comes there does not pass through the other process any more.
+	TakeOver bool
+
+	// HandOver, with End, lets a [Join] with a TCP socket hand that socket over, once
+	// bulk has gone through, to another end that takes it.
+	HandOver bool
+
 	// Ask is consulted by [Conn.Stats] before its own counters: a child process
 	// may know better what went over the wire. false means that it does not know.
 	Ask func() (ptipc.Stats, bool)
@@ -38,6 +47,14 @@ type End interface {
 	Mark()
 	// Marked is asked after the end of the incoming stream.
 	Marked() bool
+
+	// Take notes that this end takes over the socket behind the other one, and Takes
+	// asks whether the other end does (SOCKS-23). Finish notes that all that went over
+	// that socket has ended, and Finished asks for it (SOCKS-25).
+	Take()
+	Takes() bool
+	Finish()
+	Finished() bool
 }
 
 var errBroken = fmt.Errorf("the peer has gone without ending its stream: %w", io.ErrUnexpectedEOF)
@@ -51,6 +68,7 @@ type Conn struct {
 	opened time.Time
 
 	received, sent atomic.Uint64
+	beyond         atomic.Pointer[func() (received, sent uint64)] // what a socket that was handed over carries; nil without
 
 	mu     sync.Mutex
 	closed bool
@@ -137,7 +155,17 @@ func (c *Conn) Stats() ptipc.Stats {
 			return s
 		}
 	}
-	return ptipc.Stats{Opened: c.opened, Received: c.received.Load(), Sent: c.sent.Load()}
+	received, sent := c.counts()
+	return ptipc.Stats{Opened: c.opened, Received: received, Sent: sent}
+}
+
+func (c *Conn) counts() (received, sent uint64) {
+	received, sent = c.received.Load(), c.sent.Load()
+	if beyond := c.beyond.Load(); beyond != nil {
+		r, s := (*beyond)()
+		received, sent = received+r, sent+s
+	}
+	return received, sent
 }
 
 // LocalAddr returns the local address.

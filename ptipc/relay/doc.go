@@ -47,6 +47,9 @@
 // that the flow keeps only while the other side does not take its bytes. A unix socket
 // that bulk goes to gets a larger send buffer.
 //
+// Where the process at the other end of a unix socket takes it, the TCP socket of a pair
+// that moves bulk is handed over to it (SOCKS-23), and the pair only waits for the end.
+//
 // While Join runs, the sockets belong to the loop, and the conns that were given
 // to it only tell their addresses and counts.
 package relay

@@ -14,6 +14,10 @@ type marks [2]atomic.Bool
 
 func (m *marks) Mark()        { m[0].Store(true) }
 func (m *marks) Marked() bool { return m[1].Load() }
+func (*marks) Take()          {}
+func (*marks) Takes() bool    { return false }
+func (*marks) Finish()        {}
+func (*marks) Finished() bool { return false }
 
 // markedJoin relays between left, and a unix socket whose ends are marked.
 func markedJoin(t *testing.T, leftKind string) (*joined, *marks) {

@@ -56,6 +56,8 @@ func socketOf(c net.Conn) net.Conn {
 		return socketOf(c.raw)
 	case *net.TCPConn, *net.UnixConn:
 		return c
+	case *taker:
+		return c.socket()
 	}
 	return nil
 }
@@ -84,6 +86,14 @@ type end struct {
 }
 
 func joinConns(ctx context.Context, a, b net.Conn) error {
+	if t := newTaker(a); t != nil {
+		a = t
+		defer t.release()
+	}
+	if t := newTaker(b); t != nil {
+		b = t
+		defer t.release()
+	}
 	j := &join{ends: [2]end{
 		{Conn: a, writing: make(chan struct{}, 1)},
 		{Conn: b, writing: make(chan struct{}, 1)},
@@ -109,6 +119,13 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	}
 	setLinger(a, -1)
 	setLinger(b, -1)
+	if err == nil {
+		for _, c := range []net.Conn{a, b} {
+			if t, ok := c.(*taker); ok {
+				t.finish()
+			}
+		}
+	}
 	return err
 }
 

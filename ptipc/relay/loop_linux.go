@@ -125,7 +125,10 @@ func (l *loop) rest() {
 // waits for it: a unix socket reports it for each message that the peer reads.
 func (l *loop) watch(p *pair, side, op int) error {
 	g := &p.legs[side]
-	e := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET, Fd: p.id, Pad: int32(side)}
+	e := unix.EpollEvent{Events: unix.EPOLLET, Fd: p.id, Pad: int32(side)}
+	if !g.silent {
+		e.Events |= unix.EPOLLIN | unix.EPOLLRDHUP
+	}
 	if g.armed {
 		e.Events |= unix.EPOLLOUT
 	}
@@ -231,6 +234,10 @@ func (l *loop) enqueue(p *pair) {
 // note takes down what epoll says about a leg.
 func (p *pair) note(side int, events uint32) {
 	from, to := &p.flows[side], &p.flows[1-side]
+	if p.legs[side].silent { // what it is to say, it says to another process
+		to.blocked = false
+		return
+	}
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		from.readable = true
 	}
@@ -247,12 +254,23 @@ func (p *pair) note(side int, events uint32) {
 
 // pump moves what can be moved, and reports whether there is more.
 func (l *loop) pump(p *pair) (more bool) {
+	if p.hand == relaying && p.moved >= handAfter && p.handsOver() {
+		p.hand = emptying
+	}
 	for i := range p.flows {
 		for r := 0; r < rounds && l.step(p, i); r++ {
 		}
 		if p.failed != nil {
 			return false
 		}
+	}
+	if p.hand >= handed {
+		to := 1 - p.app
+		if p.hand == beyond && p.legs[to].gone {
+			p.conclude()
+		}
+		f := &p.flows[to]
+		return !f.done && !f.blocked && (f.readable || f.holds())
 	}
 	for i := range p.flows {
 		f, back := &p.flows[i], &p.flows[1-i]
@@ -278,9 +296,15 @@ func (l *loop) step(p *pair, i int) bool {
 		return false
 	}
 	if !f.holds() {
+		if p.hand != relaying && i == p.app {
+			if p.hand == emptying {
+				l.handOver(p)
+			}
+			return p.hand == relaying
+		}
 		if f.readable {
 			l.fill(p, i)
-			if p.failed != nil {
+			if p.failed != nil || f.done {
 				return false
 			}
 		}
@@ -332,6 +356,9 @@ func (l *loop) fill(p *pair, i int) {
 	switch {
 	case n > 0:
 		src.received(n)
+	case err == nil && p.hand == handed && !src.end.Marked():
+		f.readable = false
+		l.letGo(p)
 	case err == nil && src.end != nil && !src.end.Marked():
 		p.failed = readFailed(errBroken)
 	case err == nil:
@@ -360,6 +387,7 @@ func (l *loop) drain(p *pair, i int) {
 		switch {
 		case n > 0:
 			dst.sent(n)
+			p.moved = min(p.moved+n, handAfter)
 			if f.inPipe == 0 {
 				f.rest = f.rest[n:]
 			} else if f.inPipe -= n; f.inPipe == 0 {
@@ -419,6 +447,8 @@ func (l *loop) passEnd(p *pair, i int) {
 	}
 	if err := unix.Shutdown(dst.fd, unix.SHUT_WR); err != nil {
 		l.writeFailed(p, i, err)
+	} else if p.hand == handed {
+		l.letGo(p) // the peer has ended its direction before it took the socket
 	}
 }
 
@@ -427,6 +457,8 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 	f.done = true
 	f.err = writeFailed(err)
 	switch {
+	case p.hand == handed: // the peer, which reads this socket, cannot find out what ended it
+		p.failed = f.err
 	case peerIsGone(err):
 	case errors.Is(err, unix.ECONNRESET) && !back.done:
 		p.reset = f.err
@@ -439,6 +471,12 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 // finish lets go of a pair, and stops the loop if it was the last. Its Join closes
 // the sockets: closing one may block, if somebody has asked it to linger.
 func (l *loop) finish(p *pair) (last bool) {
+	if p.tally != nil {
+		p.tally.stop()
+	}
+	if p.hand == handed {
+		l.unwatch(p)
+	}
 	for i := range p.flows {
 		f := &p.flows[i]
 		l.dropBuffer(f)

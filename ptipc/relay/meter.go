@@ -40,7 +40,7 @@ func (m *Meter) remove(c *Conn) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.open, c)
-	m.removed(c.received.Load(), c.sent.Load())
+	m.removed(c.counts())
 }
 
 // removed counts what a closed connection has carried. m.mu is held.
@@ -80,8 +80,9 @@ func (m *Meter) Stats() ptipc.TransportStats {
 	s := m.closed
 	s.Active = uint64(len(m.open) + len(m.packets))
 	for c := range m.open {
-		s.Received += c.received.Load()
-		s.Sent += c.sent.Load()
+		received, sent := c.counts()
+		s.Received += received
+		s.Sent += sent
 	}
 	for c := range m.packets {
 		s.Received += c.received.Load()

@@ -29,14 +29,14 @@ func joinSockets(ctx context.Context, a, b net.Conn) (err error, done bool) {
 	defer p.legs[1].close(p)
 	// Before the loop may count a byte, closing a Conn has to wait for it.
 	closed := fmt.Errorf("relay: %w", net.ErrClosed)
-	if !p.handOver(func() { l.cut(p, closed); <-p.done }) {
+	if !p.cutWith(func() { l.cut(p, closed); <-p.done }) {
 		p.failed = closed
 		close(p.done)
 		return closed, true
 	}
 	first, ok := l.add(p)
 	if !ok {
-		p.handOver(nil)
+		p.cutWith(nil)
 		close(p.done)
 		return nil, false
 	}
@@ -72,11 +72,16 @@ type pair struct {
 	reset  error   // a write found out that the peer has reset its connection
 	failed error   // why both sides were aborted
 	done   chan struct{}
+
+	moved int // bytes, up to handAfter
+	hand  handing
+	app   int    // the leg whose socket is handed over
+	tally *tally // of that socket, once it is
 }
 
-// handOver sets what a Conn of the pair calls when it is closed, to end the relay
+// cutWith sets what a Conn of the pair calls when it is closed, to end the relay
 // that has its socket. It reports false if one is closed already.
-func (p *pair) handOver(cut func()) bool {
+func (p *pair) cutWith(cut func()) bool {
 	open := true
 	for i := range p.legs {
 		for _, c := range p.legs[i].layers {
@@ -94,8 +99,10 @@ type leg struct {
 	fd      int
 	end     End // nil if the socket itself says whether its stream has broken
 	tcp     bool
+	hands   bool    // its peer may be handed the other leg's socket
 	layers  []*Conn // that count it, the outermost first
 	armed   bool    // EPOLLOUT is asked for
+	silent  bool    // nothing is read from it any more
 	gone    bool    // the peer takes nothing any more
 	widened bool    // a unix socket that has unixSendBuffer
 }
@@ -105,7 +112,7 @@ func (g *leg) take(c, socket net.Conn) bool {
 	for layer, ok := c.(*Conn); ok; layer, ok = layer.raw.(*Conn) {
 		g.layers = append(g.layers, layer)
 		if layer.opts.End != nil {
-			g.end = layer.opts.End
+			g.end, g.hands = layer.opts.End, layer.opts.HandOver
 		}
 	}
 	_, g.tcp = socket.(*net.TCPConn)
@@ -125,8 +132,11 @@ func (g *leg) take(c, socket net.Conn) bool {
 }
 
 func (g *leg) close(p *pair) {
-	if p.failed == nil {
+	switch {
+	case p.failed == nil:
 		g.linger(unix.Linger{})
+	case g == &p.legs[p.app] && p.hand >= handed:
+		disconnect(g.fd)
 	}
 	unix.Close(g.fd)
 }
@@ -150,6 +160,12 @@ func (g *leg) received(n int) {
 func (g *leg) sent(n int) {
 	for _, c := range g.layers {
 		c.sent.Add(uint64(n))
+	}
+}
+
+func (g *leg) count(beyond func() (received, sent uint64)) {
+	for _, c := range g.layers {
+		c.beyond.Store(&beyond)
 	}
 }
 
