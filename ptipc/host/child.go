@@ -139,9 +139,8 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		}
 		return nil, err
 	}
-	// SOCKS-26: a socket is a way out of a network of the child's own. A child of
-	// which no process is left has no use for any.
-	if pids, err := c.proc.Pids(); err == nil && ends != nil {
+	// SOCKS-26: a socket is a way out of a network of the child's own, and around rules for its user.
+	if pids, err := c.proc.Pids(); err == nil && ends != nil && s.command.Credential == nil {
 		c.hands = localnet.SameNetwork(pids)
 	}
 	return c, nil

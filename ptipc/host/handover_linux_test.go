@@ -12,6 +12,7 @@ import (
 
 	"pthost/ptipc"
 	author "pthost/ptipc/child"
+	"pthost/ptipc/proc"
 	"pthost/ptipc/relay"
 	"pthost/ptipc/testpeer"
 )
@@ -50,8 +51,8 @@ func openWrapping(_ context.Context, config ptipc.Opaque, _ ptipc.Env) (*ptipc.T
 }
 
 // A program's socket is handed to a child that takes it, once bulk has gone through,
-// but to none in a network of its own (SOCKS-23, SOCKS-26); in both cases all comes through,
-// and is counted.
+// but to none in a network or of a user of its own (SOCKS-23, SOCKS-26); in any case all comes
+// through, and is counted.
 func TestHandsOver(t *testing.T) {
 	to := filepath.Join(t.TempDir(), "wire.sock")
 	wire, err := net.Listen("unix", to)
@@ -59,14 +60,21 @@ func TestHandsOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer wire.Close()
-	for _, apart := range []bool{false, true} {
+	if err := os.Chmod(to, 0o666); err != nil { //nolint:gosec // for nobody's child
+		t.Fatal(err)
+	}
+	for _, apart := range []string{"", "network", "user"} {
 		c := self("wrapping")
-		if apart {
-			if os.Geteuid() != 0 {
-				testpeer.Skip(t, "only root makes network namespaces; run the tests as root")
-			}
+		if apart != "" && os.Geteuid() != 0 {
+			testpeer.Skip(t, "only root makes network namespaces, and starts children of other users; run the tests as root")
+		}
+		switch apart {
+		case "network":
 			c.Args = append([]string{"--net", c.Path}, c.Args...)
 			c.Path = testpeer.Need(t, "unshare")
+		case "user":
+			_, c.Path = published(t)
+			c.Credential = &proc.Credential{UID: nobody, GID: nobody}
 		}
 		events := record(c)
 		conn, err := open(t, c, `{"to":"`+to+`"}`, ptipc.Env{}).Connections["wrapping"].Dial(within(t), nil, "")
@@ -105,11 +113,11 @@ func TestHandsOver(t *testing.T) {
 			}
 		}
 		want := before
-		if !apart {
+		if apart == "" {
 			want++
 		}
 		if n := tcpSockets(t, pid); n != want {
-			t.Errorf("in a network of its own: %t: the child has %d TCP sockets, and had %d", apart, n, before)
+			t.Errorf("%q of its own: the child has %d TCP sockets, and had %d", apart, n, before)
 		}
 		if err := program.CloseWrite(); err != nil {
 			t.Fatal(err)
@@ -124,7 +132,7 @@ func TestHandsOver(t *testing.T) {
 			t.Error(err)
 		}
 		if s := conn.Stats(); s.Received != 2*size || s.Sent != 2*size {
-			t.Errorf("in a network of its own: %t: %d bytes received and %d sent, of %d", apart, s.Received, s.Sent, 2*size)
+			t.Errorf("%q of its own: %d bytes received and %d sent, of %d", apart, s.Received, s.Sent, 2*size)
 		}
 	}
 }
