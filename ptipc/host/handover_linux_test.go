@@ -54,7 +54,8 @@ func openWrapping(_ context.Context, config ptipc.Opaque, _ ptipc.Env) (*ptipc.T
 // but to none in a network or of a user of its own (SOCKS-23, SOCKS-26); in any case all comes
 // through, and is counted.
 func TestHandsOver(t *testing.T) {
-	to := filepath.Join(t.TempDir(), "wire.sock")
+	dir, executable := published(t)
+	to := filepath.Join(dir, "wire.sock")
 	wire, err := net.Listen("unix", to)
 	if err != nil {
 		t.Fatal(err)
@@ -73,8 +74,7 @@ func TestHandsOver(t *testing.T) {
 			c.Args = append([]string{"--net", c.Path}, c.Args...)
 			c.Path = testpeer.Need(t, "unshare")
 		case "user":
-			_, c.Path = published(t)
-			c.Credential = &proc.Credential{UID: nobody, GID: nobody}
+			c.Path, c.Credential = executable, &proc.Credential{UID: nobody, GID: nobody}
 		}
 		events := record(c)
 		conn, err := open(t, c, `{"to":"`+to+`"}`, ptipc.Env{}).Connections["wrapping"].Dial(within(t), nil, "")
