@@ -42,7 +42,7 @@ func newTaker(c net.Conn) *taker {
 		return nil
 	}
 	raw, err := socket.SyscallConn()
-	if err != nil {
+	if err != nil || !roomy(raw) {
 		return nil
 	}
 	t := &taker{Conn: conn, unix: socket, raw: raw}
@@ -50,6 +50,22 @@ func newTaker(c net.Conn) *taker {
 	conn.opts.End.Take()
 	return t
 }
+
+// roomy reports whether there are descriptors to spare: the number of a new one tells how many
+// are open. A socket that comes when there are none left is lost, and its stream breaks.
+func roomy(raw syscall.RawConn) bool {
+	room := false
+	_ = raw.Control(func(fd uintptr) { room = uint64(fd) < mostDescriptors()/2 })
+	return room
+}
+
+var mostDescriptors = sync.OnceValue(func() uint64 {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 0
+	}
+	return limit.Cur
+})
 
 // socket is what Read reads.
 func (t *taker) socket() net.Conn {
