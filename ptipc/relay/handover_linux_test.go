@@ -254,3 +254,27 @@ func TestHandOverBreaks(t *testing.T) {
 		}
 	}
 }
+
+// A child that may run out of descriptors takes nothing over, and relays as before.
+func TestNoRoomToTakeOver(t *testing.T) {
+	most := mostDescriptors
+	mostDescriptors = func() uint64 { return 8 }
+	defer func() { mostDescriptors = most }()
+	h := startHandover(t)
+	for _, way := range [][2]net.Conn{{h.app, h.far}, {h.far, h.app}} {
+		sent := make(chan error, 1)
+		go func() { sent <- send(way[0], pattern(2*handAfter, 0), rand.New(rand.NewPCG(1, 2))) }() //nolint:gosec // the same each time
+		if got, err := io.ReadAll(way[1]); err != nil || !bytes.Equal(got, pattern(2*handAfter, 0)) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+	}
+	if err := h.wait(); err != nil {
+		t.Error(err)
+	}
+	if h.wasHanded() {
+		t.Error("the socket was handed over")
+	}
+}
