@@ -233,8 +233,8 @@ func parsed(line []byte) stdio.Message {
 	return m
 }
 
-// Two pages of a browser, whose only way to each other is a child as their TURN server,
-// talk over a data channel.
+// Two pages, each in a browser of its own, whose only way to each other is a child as
+// their TURN server, talk over a data channel. They signal through the site they come from.
 func TestChromiumDataChannel(t *testing.T) {
 	testpeer.Need(t, "chromium")
 	m := startChild(t, "direct", `{"listen":"127.0.0.1:0"}`)
@@ -246,72 +246,86 @@ func TestChromiumDataChannel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	result := make(chan string, 10)
+	results := map[string]chan string{"a": make(chan string, 10), "b": make(chan string, 10)}
+	signals := map[string]chan string{"a": make(chan string, 100), "b": make(chan string, 100)} // for each page
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, `<!DOCTYPE html><title>two pages</title><iframe src="/page?a"></iframe><iframe src="/page?b"></iframe>`)
-	})
-	mux.HandleFunc("GET /page", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /page/{name}", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `<!DOCTYPE html><title>page</title><script>
-const first = location.search == "?a", other = new BroadcastChannel("signals");
+const me = %q, first = me == "a";
 const pc = new RTCPeerConnection({iceServers: %s, iceTransportPolicy: "relay"});
-const tell = (text) => fetch("/result", {method: "POST", body: text});
+const post = (path, text) => fetch(path, {method: "POST", body: text});
+const tell = (text) => post("/result/" + me, text);
+const signal = (message) => post("/signal/" + (first ? "b" : "a"), JSON.stringify(message));
 const sent = "x".repeat(1000);
 let kinds = new Set(), count = 0;
 pc.onicecandidate = (event) => {
 	if (event.candidate && event.candidate.candidate) {
 		kinds.add(event.candidate.type);
-		other.postMessage({candidate: event.candidate.toJSON()});
+		signal({candidate: event.candidate.toJSON()});
 	}
 };
+async function done() {
+	const pairs = new Set(), stats = await pc.getStats();
+	stats.forEach((s) => { if (s.type == "candidate-pair" && s.state == "succeeded") pairs.add(stats.get(s.localCandidateId).candidateType); });
+	tell(count + " messages over " + [...pairs].join() + ", candidates " + [...kinds].join());
+}
 function use(channel) {
 	channel.onopen = () => { if (first) for (let i = 0; i < 100; i++) channel.send(i + sent); };
-	channel.onmessage = async (event) => {
-		if (!first) return channel.send(event.data);
+	channel.onmessage = (event) => {
 		if (event.data != count + sent) return tell("got something else");
-		if (++count < 100) return;
-		let pair = "";
-		const stats = await pc.getStats();
-		stats.forEach((s) => { if (s.type == "candidate-pair" && s.state == "succeeded") pair = stats.get(s.localCandidateId).candidateType; });
-		tell(count + " messages over " + pair + ", candidates " + [...kinds].join());
+		if (!first) channel.send(event.data);
+		if (++count == 100) done();
 	};
 }
-let waiting = [], described = false;
-other.onmessage = async (event) => {
-	try {
-		if (event.data.ready && first && !pc.localDescription) {
-			use(pc.createDataChannel("data"));
-			await pc.setLocalDescription();
-			other.postMessage({description: pc.localDescription.toJSON()});
-		} else if (event.data.description) {
-			await pc.setRemoteDescription(event.data.description);
-			described = true;
-			for (const c of waiting) await pc.addIceCandidate(c);
-			if (!first) {
-				await pc.setLocalDescription();
-				other.postMessage({description: pc.localDescription.toJSON()});
-			}
-		} else if (event.data.candidate) {
-			if (described) await pc.addIceCandidate(event.data.candidate); else waiting.push(event.data.candidate);
-		} else if (event.data.hello && !first) {
-			other.postMessage({ready: true});
+async function describe() {
+	await pc.setLocalDescription();
+	signal({description: pc.localDescription.toJSON()});
+}
+async function run() {
+	if (first) {
+		use(pc.createDataChannel("data"));
+		await describe();
+	}
+	for (let waiting = [];;) {
+		const message = await (await fetch("/signal/" + me)).json();
+		if (message.description) {
+			await pc.setRemoteDescription(message.description);
+			if (!first) await describe();
+		} else {
+			waiting.push(message.candidate);
 		}
-	} catch (error) { tell("failed: " + error); }
-};
+		if (pc.remoteDescription) for (const c of waiting.splice(0)) await pc.addIceCandidate(c);
+	}
+}
 pc.ondatachannel = (event) => use(event.channel);
 pc.onicecandidateerror = (event) => console.log("candidate", event.errorCode, event.errorText, event.url);
-other.postMessage(first ? {hello: true} : {ready: true});
-</script>`, servers)
+run().catch((error) => tell("failed: " + error));
+</script>`, r.PathValue("name"), servers)
 	})
-	mux.HandleFunc("POST /result", func(_ http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("POST /signal/{name}", func(_ http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		result <- string(body)
+		signals[r.PathValue("name")] <- string(body)
+	})
+	mux.HandleFunc("GET /signal/{name}", func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case message := <-signals[r.PathValue("name")]:
+			_, _ = io.WriteString(w, message)
+		case <-r.Context().Done():
+		}
+	})
+	mux.HandleFunc("POST /result/{name}", func(_ http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		results[r.PathValue("name")] <- string(body)
 	})
 	site := httptest.NewServer(mux)
-	defer site.Close()
-	startChromium(t, site.URL+"/", "--no-proxy-server", "--allow-loopback-in-peer-connection", "--enable-logging=stderr")
-	if got, want := within(t, "the page tells how it went", result), "100 messages over relay, candidates relay"; got != want {
-		t.Errorf("%s; want %s", got, want)
+	t.Cleanup(site.Close) // when the browsers, which wait for signals, are gone
+	for name := range results {
+		startChromium(t, site.URL+"/page/"+name, "--no-proxy-server", "--allow-loopback-in-peer-connection", "--enable-logging=stderr")
+	}
+	for name, result := range results {
+		if got, want := within(t, "page "+name+" tells how it went", result), "100 messages over relay, candidates relay"; got != want {
+			t.Errorf("page %s: %s; want %s", name, got, want)
+		}
 	}
 }
 
