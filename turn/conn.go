@@ -304,7 +304,8 @@ func (c *Conn) isBound(p *peer, s *session, began time.Time, err error) bool {
 	default:
 		c.log.Warn("turn: no channel to a peer", "peer", p.port, "error", err)
 		c.count.failed.Add(uint64(len(p.queue)))
-		p.queue, p.refusal, p.bound = nil, err, began
+		// A channel that was bound and is not kept is none: what is sent next is to find that out.
+		p.session, p.queue, p.refusal, p.bound = nil, nil, err, began
 	}
 	p.binding = false
 	return false

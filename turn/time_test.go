@@ -3,8 +3,10 @@ package turn
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -282,6 +284,47 @@ func TestConnKeepsAlive(t *testing.T) {
 		if got := conn.Stats().Allocated; got != 1 {
 			t.Errorf("%d allocations for one Conn", got)
 		}
+	})
+}
+
+// TURN-15: a channel that the server would not keep is bound anew when something is sent.
+func TestChannelNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newMemNet()
+		s := &Server{}
+		addr, stop := n.serve(t, s)
+		defer stop()
+		conn, err := dial(t.Context(), addr, s.Credentials, n.open)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		peer := n.listen("192.0.2.7")
+		if _, err := conn.WriteTo([]byte("before"), peer.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		peer.want(t, "before")
+
+		g := s.guards[0]
+		g.mu.RLock()
+		a := slices.Collect(maps.Values(g.clients))[0]
+		g.mu.RUnlock()
+		kept := map[netip.Addr]time.Time{}
+		a.mu.Lock()
+		kept, a.permissions = a.permissions, kept
+		for i := range maxPermissions {
+			a.permissions[netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})] = time.Now().Add(time.Hour)
+		}
+		a.mu.Unlock()
+		time.Sleep(channelLifetime + time.Minute)
+		a.mu.Lock()
+		a.permissions = kept
+		a.mu.Unlock()
+		time.Sleep(refusalPause)
+		if _, err := conn.WriteTo([]byte("after"), peer.LocalAddr()); err != nil {
+			t.Error(err)
+		}
+		peer.want(t, "after")
 	})
 }
 
