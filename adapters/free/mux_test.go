@@ -350,6 +350,134 @@ func TestMuxWindowBudget(t *testing.T) {
 	c.work.Wait()
 }
 
+// FREE-19: what a stream has taken beyond its first window stays in the budget until
+// its reader has it, also when nothing more can come.
+func TestMuxUnreadStaysInTheBudget(t *testing.T) {
+	for _, how := range []string{"read", "closed", "carrier ends"} {
+		t.Run(how, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			windows := newBudget(extraWindow)
+			c := newSession(near, windows, nil)
+			c.accept = func(*muxStream, []byte) {}
+			c.start()
+			go func() { _, _ = io.Copy(io.Discard, far) }()
+			s := newStream(c, 1)
+			c.mu.Lock()
+			s.answered = true
+			c.streams[1], c.last = s, 1
+			s.grant(firstWindow / 2) // the reader keeps up, and then no longer
+			unread := s.window
+			s.deliver(make([]byte, unread))
+			s.peerEnd()
+			s.end() // and with that it is over
+			if _, ok := c.streams[1]; ok {
+				t.Error("the stream is not over")
+			}
+			held := extraWindow - windows.left.Load()
+			c.mu.Unlock()
+			if held != firstWindow {
+				t.Errorf("a stream with %d bytes that were not read has %d bytes of the budget, want %d", unread, held, firstWindow)
+			}
+			switch how {
+			case "read":
+				if n, err := io.Copy(io.Discard, s); n != int64(unread) || err != nil {
+					t.Errorf("%d bytes, %v", n, err)
+				}
+			case "closed":
+				_ = s.Close()
+			default:
+				c.abort(errClosed)
+				_ = s.Close()
+			}
+			if left := windows.left.Load(); left != extraWindow {
+				t.Errorf("the budget has %d left, want all of it", left)
+			}
+			_ = s.Close()
+			c.abort(errClosed)
+			c.work.Wait()
+			if left := windows.left.Load(); left != extraWindow {
+				t.Errorf("in the end the budget has %d left, want all of it", left)
+			}
+		})
+	}
+}
+
+// FREE-20: a Write that waits for a peer that does not read is counted once, however often
+// that peer wakes it.
+func TestMuxBlockedOnce(t *testing.T) {
+	near, far := net.Pipe()
+	c := newSession(near, newBudget(0), nil)
+	c.accept = func(*muxStream, []byte) {}
+	c.start()
+	s := newStream(c, 1)
+	c.mu.Lock()
+	s.answered, s.credit = true, 4*outSize
+	c.streams[1], c.last = s, 1
+	c.mu.Unlock()
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := s.Write(make([]byte, 4*outSize))
+		wrote <- err
+	}()
+	waits := func() (n int) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.blocked)
+	}
+	for waits() == 0 {
+		runtime.Gosched()
+	}
+	for range 1000 {
+		_ = c.take(appendFrame(nil, frameWindow, 1, make([]byte, 4)), nil)
+		runtime.Gosched() // the Write may look again
+	}
+	if n := waits(); n != 1 {
+		t.Errorf("one Write waits %d times", n)
+	}
+	far.Close()
+	if err := <-wrote; err == nil {
+		t.Error("the Write succeeded")
+	}
+	c.work.Wait()
+}
+
+// Settings that nobody uses any more do not keep carriers when there are many.
+func TestMuxManySettings(t *testing.T) {
+	open := new(atomic.Int32)
+	transport, carriers := muxed(t, func(ptipc.Opaque) (net.Conn, error) {
+		near, far := connected(t, "tcp")
+		open.Add(1)
+		go func() {
+			defer open.Add(-1)
+			defer far.Close()
+			first := make([]byte, prefixSize+frameHeader)
+			if _, err := io.ReadFull(far, first); err != nil {
+				return
+			}
+			_, _ = far.Write(appendFrame([]byte{versionMany, 0}, frameAnswer, 1, []byte{0}))
+			_, _ = io.Copy(io.Discard, far)
+		}()
+		return near, nil
+	})
+	const many = maxPools + 50
+	for i := range many {
+		conn, err := transport.Connections["plain"].Dial(t.Context(), fmt.Appendf(nil, `{"user":%d}`, i), "a.example:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = relay.Abort(conn)
+	}
+	if n := carriers.Load(); n != many {
+		t.Fatalf("%d settings had %d carriers", many, n)
+	}
+	for deadline := time.Now().Add(10 * time.Second); open.Load() > maxPools; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d carriers of settings that nobody uses are open, want at most %d", open.Load(), maxPools)
+		}
+	}
+}
+
 // FREE-20: more streams than a carrier may have are refused, those that are there
 // go on.
 func TestMuxTooManyStreams(t *testing.T) {

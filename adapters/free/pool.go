@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -208,15 +209,20 @@ func (c *muxCarrier) movesBulk() bool {
 	}
 }
 
-// makeRoom forgets settings without carriers when there are many.
+// makeRoom forgets settings without streams when there are many, and closes their
+// carriers. m.mu is held.
 func (m *mux) makeRoom() {
 	if len(m.pools) < maxPools {
 		return
 	}
 	for key, p := range m.pools {
-		if len(p.carriers) == 0 {
-			delete(m.pools, key)
+		if slices.ContainsFunc(p.carriers, func(c *muxCarrier) bool { return c.session == nil || c.load.Load() > 0 }) {
+			continue
 		}
+		for _, c := range p.carriers {
+			c.session.close()
+		}
+		delete(m.pools, key)
 	}
 }
 

@@ -193,6 +193,7 @@ func (c *session) write() {
 		out, control := c.out, c.control
 		c.out, c.control, c.pong = nil, nil, false
 		for _, s := range c.blocked {
+			s.blocked = false
 			s.writable.Signal()
 		}
 		c.blocked = c.blocked[:0]
@@ -359,7 +360,7 @@ func (c *session) begin(kind byte, id uint32, length int) error {
 		}
 		return nil
 	}
-	if kind <= framePong && (id == 0 || id > c.last) {
+	if _, _, known := limit(kind); known && (id == 0 || id > c.last) {
 		return fault("a frame is for a stream that was never opened")
 	}
 	return nil
@@ -466,8 +467,7 @@ func (c *session) remove(s *muxStream) {
 		return
 	}
 	delete(c.streams, s.id)
-	c.windows.give(s.extra)
-	s.extra = 0
+	s.giveBack()
 	c.onFree()
 	if c.closing && len(c.streams) == 0 {
 		c.writer.Signal()

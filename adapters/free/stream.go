@@ -42,7 +42,8 @@ type muxStream struct {
 	window   int // what is left of it
 	consumed int // read, and not given back to the peer
 
-	credit   int // what may still be sent
+	credit   int  // what may still be sent
+	blocked  bool // it is among those of the session
 	writeErr error
 	moved    int64 // bytes, both ways
 
@@ -145,6 +146,15 @@ func (s *muxStream) drop() {
 		c.free()
 	}
 	s.chunks, s.unread = nil, 0
+	s.giveBack()
+}
+
+// giveBack returns what the stream has of the budget, once it is over and all was read.
+func (s *muxStream) giveBack() {
+	if s.extra > 0 && s.unread == 0 && s.session.streams[s.id] != s {
+		s.session.windows.give(s.extra)
+		s.extra = 0
+	}
 }
 
 // grant gives the peer room for what was read, and more than that to a reader who
@@ -183,6 +193,7 @@ func (s *muxStream) Read(b []byte) (int, error) {
 		case s.unread > 0:
 			n := s.take(b)
 			s.grant(n)
+			s.giveBack()
 			return n, nil
 		case s.readErr != nil:
 			return 0, s.readErr
@@ -194,6 +205,7 @@ func (s *muxStream) Read(b []byte) (int, error) {
 			s.got = 0
 			n += s.take(b[n:])
 			s.grant(n)
+			s.giveBack()
 			return n, nil
 		}
 	}
@@ -224,7 +236,10 @@ func (s *muxStream) Write(b []byte) (n int, err error) {
 		switch {
 		case s.credit == 0:
 		case room < min(rest, minRoom), len(c.control) > 0: // behind which it would overtake
-			c.blocked = append(c.blocked, s)
+			if !s.blocked {
+				s.blocked = true
+				c.blocked = append(c.blocked, s)
+			}
 		default:
 			m := min(rest, room, s.credit)
 			c.out = appendFrame(c.out, frameData, s.id, b[n:n+m])
@@ -335,8 +350,7 @@ func (s *muxStream) broke(err error) {
 		s.answered, s.answerErr = true, err
 	}
 	s.ended, s.peerEnded = true, true
-	s.session.windows.give(s.extra)
-	s.extra = 0
+	s.giveBack()
 	s.readable.Broadcast()
 	s.writable.Broadcast()
 }
