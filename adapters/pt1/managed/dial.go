@@ -81,6 +81,9 @@ const maxAnswer = 16 << 10
 // connectHTTP asks an HTTP proxy for a connection. A name goes to it as a name, and
 // nothing behind its answer is read.
 func connectHTTP(ctx context.Context, conn net.Conn, user *url.Userinfo, dest string) error {
+	if strings.ContainsFunc(dest, func(r rune) bool { return r <= ' ' || r == 0x7f }) { // it would end the line
+		return fmt.Errorf("the destination %q is not host:port: %w", dest, ptipc.ErrNotAllowed)
+	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	request := "CONNECT " + dest + " HTTP/1.1\r\nHost: " + dest + "\r\n"

@@ -510,6 +510,26 @@ func TestWayOut(t *testing.T) {
 	})
 }
 
+// A destination cannot say more to an HTTP proxy than where to go: arguments of bridge
+// lines have it from strangers.
+func TestHTTPProxyIsAskedForNothingElse(t *testing.T) {
+	for _, dest := range []string{"a.invalid\r\nX-More: b:80", "a.invalid:80 HTTP/1.1\r\n\r\nGET http://b.invalid/:80", "a b:80", "a\x7f:80", "a\x00:80"} {
+		near, far := net.Pipe()
+		asked := make(chan string, 1)
+		go func() {
+			b, _ := io.ReadAll(far)
+			asked <- string(b)
+		}()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		err := connectHTTP(ctx, near, nil, dest)
+		cancel()
+		near.Close()
+		if got := <-asked; got != "" || !errors.Is(err, ptipc.ErrNotAllowed) {
+			t.Errorf("%q: the proxy was asked %q, %v", dest, got, err)
+		}
+	}
+}
+
 // An orPort is tor's end of a bridge's connections.
 type orPort struct {
 	net.Listener
