@@ -142,13 +142,21 @@ func (l *launch) start(args []string) error {
 			return fmt.Errorf("%w: %w", errRestrict, err)
 		}
 	}
-	if l.pid, err = syscall.ForkExec(args[1], args[1:], attr); err != nil {
+	// A limited command is traced until its limits are set: it stops before its first
+	// instruction, and cannot start anything without them (LIFE-13).
+	attr.Sys.Ptrace = orders.Limits != (Limits{})
+	l.pid, err = syscall.ForkExec(args[1], args[1:], attr)
+	switch {
+	case err == nil && attr.Sys.Ptrace:
+		if err := orders.Limits.enforce(l.pid, orders.Credential); err != nil {
+			_ = syscall.Kill(l.pid, syscall.SIGKILL)
+			_, _ = syscall.Wait4(l.pid, nil, 0, nil)
+			return fmt.Errorf("%w: %w", errRestrict, err)
+		}
+	case attr.Sys.Ptrace && errors.Is(err, syscall.EPERM):
+		return fmt.Errorf("%w: to set its limits it has to be traced for a moment (ptrace): allow that, or remove the limits: %w", errRestrict, err)
+	case err != nil:
 		return err
-	}
-	if err := orders.Limits.enforce(l.pid); err != nil { // LIFE-13
-		_ = syscall.Kill(l.pid, syscall.SIGKILL)
-		_, _ = syscall.Wait4(l.pid, nil, 0, nil)
-		return fmt.Errorf("%w: %w", errRestrict, err)
 	}
 	// The command's own end of a pipe must be the only one, or the host would not see
 	// it close.

@@ -1,8 +1,10 @@
 package proc
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"github.com/landlock-lsm/go-landlock/landlock"
 	llsys "github.com/landlock-lsm/go-landlock/landlock/syscall"
@@ -61,20 +63,72 @@ func (s *Sandbox) enforce(command string) error {
 	return nil
 }
 
-// enforce sets the limits of a process that has just been started. Set on this process
-// they would bind it as well, and it needs some room to watch over the other.
-func (l Limits) enforce(pid int) error {
-	for resource, limit := range map[int]uint64{
-		unix.RLIMIT_NOFILE: l.Descriptors,
-		unix.RLIMIT_DATA:   l.Memory,
-		unix.RLIMIT_NPROC:  l.Processes,
+// enforce sets the limits of a process that this thread has started and traces, and lets
+// it run. Set on this process they would bind it as well, and it needs some room to
+// watch over the other.
+func (l Limits) enforce(pid int, user *Credential) error {
+	for {
+		var status syscall.WaitStatus
+		if _, err := syscall.Wait4(pid, &status, 0, nil); errors.Is(err, syscall.EINTR) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		if !status.Stopped() {
+			return errors.New("it ended before its limits were set")
+		}
+		if status.StopSignal() == syscall.SIGTRAP {
+			break
+		}
+		if err := syscall.PtraceCont(pid, int(status.StopSignal())); err != nil {
+			return err
+		}
+	}
+	if err := as(user, func() error { return l.set(pid) }); err != nil {
+		return err
+	}
+	return syscall.PtraceDetach(pid)
+}
+
+// as calls f with the real user and group of this process changed: they are what the
+// system compares with those of a process whose limits are set, and only with
+// CAP_SYS_RESOURCE, which root in a container has not, can those be another user's.
+func as(user *Credential, f func() error) error {
+	if user == nil {
+		return f()
+	}
+	uid, gid := os.Getuid(), os.Getgid()
+	change := func(uid, gid int) error {
+		return errors.Join(syscall.Setresgid(gid, -1, -1), syscall.Setresuid(uid, -1, -1))
+	}
+	if err := change(int(user.UID), int(user.GID)); err != nil {
+		return err
+	}
+	return errors.Join(f(), change(uid, gid))
+}
+
+func (l Limits) set(pid int) error {
+	for _, limit := range []struct {
+		resource int
+		most     uint64
+		what     string
+	}{
+		{unix.RLIMIT_NOFILE, l.Descriptors, "descriptors"},
+		{unix.RLIMIT_DATA, l.Memory, "bytes of memory"},
+		{unix.RLIMIT_NPROC, l.Processes, "processes"},
 	} {
-		if limit == 0 {
+		if limit.most == 0 {
 			continue
 		}
-		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
-			return fmt.Errorf("its limits cannot be set: %w", err)
+		err := unix.Prlimit(pid, limit.resource, &unix.Rlimit{Cur: limit.most, Max: limit.most}, nil)
+		if err == nil {
+			continue
 		}
+		var own unix.Rlimit
+		if e := unix.Getrlimit(limit.resource, &own); e == nil && limit.most > own.Max {
+			return fmt.Errorf("its limit of %d %s is more than the %d of this process: lower it, or raise that: %w", limit.most, limit.what, own.Max, err)
+		}
+		return fmt.Errorf("its limit of %d %s cannot be set: %w", limit.most, limit.what, err)
 	}
 	return nil
 }

@@ -71,7 +71,7 @@ func TestSandbox(t *testing.T) {
 func TestLimits(t *testing.T) {
 	limits := Limits{Descriptors: 50, Memory: 300 << 20, Processes: 4000}
 	c := start(t, Spec{Launcher: self("launcher"), Limits: limits},
-		"/bin/sh", "-c", "sleep 0; sh -c 'ulimit -Hn; ulimit -Sn; ulimit -Hd; grep ^Max.processes /proc/self/limits'")
+		"/bin/sh", "-c", "sh -c 'ulimit -Hn; ulimit -Sn; ulimit -Hd; grep ^Max.processes /proc/self/limits'")
 	c.expect("50")
 	c.expect("50")
 	c.expect("307200")
@@ -83,9 +83,30 @@ func TestLimits(t *testing.T) {
 	if got := strings.Fields(c.line()); len(got) < 4 || got[4] == "50" {
 		t.Errorf("the launcher's limit is %q", got)
 	}
-	e := start(t, Spec{Launcher: self("launcher"), Limits: Limits{Memory: 50 << 20}}, "/bin/sh", "-c", "sleep 0; head -c 100M /dev/zero | tail -c 100M | wc -c").exit()
+	e := start(t, Spec{Launcher: self("launcher"), Limits: Limits{Memory: 50 << 20}}, "/bin/sh", "-c", "head -c 100M /dev/zero | tail -c 100M | wc -c").exit()
 	if text := strings.Join(e.Stderr, " "); !strings.Contains(text, "memory") {
 		t.Errorf("too much memory gave %v", e)
+	}
+}
+
+// They hold for what a child starts first, too, whoever it runs as (LIFE-13).
+func TestLimitsFromTheBeginning(t *testing.T) {
+	users := []*Credential{nil}
+	if os.Geteuid() == 0 {
+		users = append(users, &Credential{UID: 65534, GID: 65534})
+	}
+	for _, user := range users {
+		for range 50 {
+			start(t, Spec{Launcher: self("launcher"), Limits: Limits{Descriptors: 50}, Sandbox: &Sandbox{}, Credential: user}, "/bin/sh", "-c", "(ulimit -Hn)").expect("50")
+		}
+	}
+	_, err := Start(t.Context(), Spec{Path: "/bin/true", Launcher: self("launcher"), Limits: Limits{Descriptors: 1 << 40}})
+	if err == nil || !strings.Contains(err.Error(), "1099511627776 descriptors") || !strings.Contains(err.Error(), "lower it") {
+		t.Errorf("a limit that is higher than there is gave %v", err)
+	}
+	// One that cannot be started is no other thing with limits than without.
+	if _, err := Start(t.Context(), Spec{Path: t.TempDir(), Launcher: self("launcher"), Limits: Limits{Descriptors: 50}}); !errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), "directory") {
+		t.Errorf("a directory gave %v", err)
 	}
 }
 
