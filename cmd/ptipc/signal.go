@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -135,8 +136,11 @@ standard input, which is the default.
 	return cmd
 }
 
-// signalText is the message that the arguments name. It is never longer than one byte
-// too long.
+// around is the white space that may be around a message by hand, in bytes.
+const around = 1024
+
+// signalText is the message that the arguments name, without white space around it. Of
+// one that is too long only a part is read.
 func signalText(stdin io.Reader, args []string) ([]byte, error) {
 	source := stdin
 	if len(args) == 1 && args[0] != "-" {
@@ -150,11 +154,11 @@ func signalText(stdin io.Reader, args []string) ([]byte, error) {
 		defer file.Close()
 		source = file
 	}
-	text, err := io.ReadAll(io.LimitReader(source, stdio.MaxSignal+1))
+	text, err := io.ReadAll(io.LimitReader(source, stdio.MaxSignal+around))
 	if err != nil {
 		return nil, fmt.Errorf("reading the message: %w: %w", err, ptipc.ExitIOErr)
 	}
-	return text, nil
+	return bytes.TrimSpace(text), nil
 }
 
 // completeTransport completes the names of the transports of the host that runs.
