@@ -607,6 +607,35 @@ func TestMuxIdle(t *testing.T) {
 	})
 }
 
+// A carrier that was given up as idle, and cannot say its last, is cut with the others.
+func TestMuxCloseCutsIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		factory := new(relay.Meter).Factory(true, func(context.Context, ptipc.Opaque, string) (net.Conn, error) { return near, nil })
+		m := newMux(factory)
+		go func() {
+			_, _ = io.ReadFull(far, make([]byte, prefixSize+frameHeader)) // and then no more
+			_, _ = far.Write(appendFrame([]byte{versionMany, 0}, frameAnswer, 1, []byte{0}))
+		}()
+		conn, err := m.dial(t.Context(), nil, "a.example:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, conn, make([]byte, 1<<10))
+		_ = relay.Abort(conn)
+		time.Sleep(idleTime) // in a bubble
+		synctest.Wait()
+		began := time.Now()
+		if err := m.close(func() error { return nil }); err != nil {
+			t.Error(err)
+		}
+		if time.Since(began) > 0 {
+			t.Error("closing has waited for a peer that does not read")
+		}
+		far.Close()
+	})
+}
+
 // A carrier that has ended while it was idle costs the next stream nothing.
 func TestMuxDialsAgain(t *testing.T) {
 	dial, ends := anywhere(t, "tcp")

@@ -30,7 +30,8 @@ type mux struct {
 	windows *budget
 
 	mu       sync.Mutex
-	pools    map[string]*pool // by settings
+	pools    map[string]*pool         // by settings
+	all      map[*muxCarrier]struct{} // those too that no pool has any more
 	closed   bool
 	carriers sync.WaitGroup
 	stop     context.CancelFunc
@@ -54,7 +55,7 @@ type muxCarrier struct {
 }
 
 func newMux(factory ptipc.ConnectionFactory) *mux {
-	m := &mux{factory: factory, windows: newBudget(extraWindow), pools: make(map[string]*pool)}
+	m := &mux{factory: factory, windows: newBudget(extraWindow), pools: make(map[string]*pool), all: make(map[*muxCarrier]struct{})}
 	m.life, m.stop = context.WithCancel(context.Background())
 	return m
 }
@@ -76,12 +77,10 @@ func (m *mux) each(f func(c *session)) {
 	defer m.mu.Unlock()
 	m.closed = true
 	m.stop()
-	for _, p := range m.pools {
-		for _, c := range p.carriers {
-			c.idle.Stop()
-			if c.session != nil {
-				f(c.session)
-			}
+	for c := range m.all {
+		c.idle.Stop()
+		if c.session != nil {
+			f(c.session)
 		}
 	}
 }
@@ -170,6 +169,7 @@ func (m *mux) carrier(ctx context.Context, settings ptipc.Opaque) (*muxCarrier, 
 		c = &muxCarrier{ready: make(chan struct{})}
 		c.idle = time.AfterFunc(idleTime, func() { m.closeIdle(settings, c) })
 		p.carriers = append(p.carriers, c)
+		m.all[c] = struct{}{}
 		m.carriers.Go(func() { m.run(context.WithoutCancel(ctx), settings, c) })
 	}
 	c.load.Add(1)
@@ -281,6 +281,7 @@ func (m *mux) run(ctx context.Context, settings ptipc.Opaque, c *muxCarrier) {
 	defer m.mu.Unlock()
 	c.idle.Stop()
 	m.forget(settings, c)
+	delete(m.all, c)
 }
 
 func (m *mux) open(ctx context.Context, settings ptipc.Opaque, c *muxCarrier) error {
