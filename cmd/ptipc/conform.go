@@ -178,7 +178,7 @@ func (f *conformFlags) conform(cmd *cobra.Command, args []string) error {
 		case ptipc.ExitCodeOf(err) == ptipc.ExitUsage:
 			return err
 		default:
-			return f.notRun(err)
+			return conformNotRun(err)
 		}
 	}
 	if !ran {
@@ -187,21 +187,25 @@ func (f *conformFlags) conform(cmd *cobra.Command, args []string) error {
 	if err := out.Close(); err != nil {
 		return err
 	}
-	report := out.Report()
+	return verdict(cmd.Context(), out.Report())
+}
+
+// verdict is the exit code that a report comes to.
+func verdict(ctx context.Context, report conformance.Report) error {
 	switch {
-	case cmd.Context().Err() != nil:
-		return f.notRun(errors.New("the run was ended"))
+	case ctx.Err() != nil:
+		return conformNotRun(errors.New("the run was ended"))
 	case report.OK():
 		return nil
 	case len(report.Names(conformance.FellShort)) > 0:
 		return errors.Join(errSaid, exitFellShort)
 	}
-	return f.notRun(errors.New("no case could run"))
+	return conformNotRun(errors.New("no case could run"))
 }
 
-// notRun is said here, since the exit code is not one of sysexits.
-func (f *conformFlags) notRun(err error) error {
-	fmt.Fprintln(os.Stderr, "ptipc:", err)
+// conformNotRun is said here, since the exit code is not one of sysexits.
+func conformNotRun(err error) error {
+	complain(err)
 	return errors.Join(errSaid, exitNotRun)
 }
 

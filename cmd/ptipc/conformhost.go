@@ -126,21 +126,7 @@ func (f *conformHostFlags) conform(cmd *cobra.Command, args []string) error {
 	if err := errors.Join(writing, out.Close()); err != nil {
 		return err
 	}
-	switch {
-	case cmd.Context().Err() != nil:
-		return conformNotRun(errors.New("the run was ended"))
-	case report.OK():
-		return nil
-	case len(report.Names(conformance.FellShort)) > 0:
-		return errors.Join(errSaid, exitFellShort)
-	}
-	return conformNotRun(errors.New("no case could run"))
-}
-
-// conformNotRun is said here, since the exit code is not one of sysexits.
-func conformNotRun(err error) error {
-	fmt.Fprintln(os.Stderr, "ptipc:", err)
-	return errors.Join(errSaid, exitNotRun)
+	return verdict(cmd.Context(), report)
 }
 
 // showCases lists the cases that match.

@@ -33,9 +33,14 @@ func main() {
 	}()
 	err := newRoot().ExecuteContext(ctx)
 	if err != nil && !errors.Is(err, errSaid) {
-		fmt.Fprintln(os.Stderr, "ptipc:", err)
+		complain(err)
 	}
 	os.Exit(int(ptipc.ExitCodeOf(err)))
+}
+
+// complain tells people what went wrong. What a child has said may be in it.
+func complain(err error) {
+	fmt.Fprintln(os.Stderr, "ptipc:", printable(err.Error(), '\n', '\t'))
 }
 
 // errSaid marks an error that people have been told of already.

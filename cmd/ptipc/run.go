@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -165,7 +164,7 @@ func (r *runner) run(ctx context.Context, file *config.File, p *proof, check boo
 		}
 		if check && err != nil {
 			// What went wrong is said here, since the exit code of --check is 1.
-			fmt.Fprintln(os.Stderr, "ptipc:", err)
+			complain(err)
 			err = errors.Join(errSaid, ptipc.ExitCode(1))
 		}
 	}()

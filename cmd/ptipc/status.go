@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -231,10 +233,11 @@ func writeLines(out io.Writer, s control.Status) error {
 	return nil
 }
 
-// printable keeps what others wrote from moving the cursor or breaking the table.
-func printable(text string) string {
+// printable keeps what others wrote from moving the cursor, breaking the table or turning
+// the text around, but for what is to be kept.
+func printable(text string, keep ...rune) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
+		if !unicode.IsPrint(r) && !slices.Contains(keep, r) {
 			return ' '
 		}
 		return r

@@ -26,7 +26,7 @@ func TestRedraw(t *testing.T) {
 	now := time.Unix(1000, 0)
 	var out strings.Builder
 	err := redraw(&out, control.Status{Time: now, Started: now.Add(-time.Minute), PID: 7, Stopping: true, Transports: []control.Transport{
-		{Name: "a", State: control.Restarting, LastError: "exit\x1b[2J\n\u009b\x07code 1", Pending: 2},
+		{Name: "a", State: control.Restarting, LastError: "exit\x1b[2J\n\u009b\x07code 1\u202e2", Pending: 2},
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -35,7 +35,7 @@ func TestRedraw(t *testing.T) {
 	if !strings.HasPrefix(got, "\x1b[Hhost: process 7, stopping, up for 1m0s\x1b[K\n") || !strings.HasSuffix(got, "\x1b[J") {
 		t.Errorf("%q", got)
 	}
-	if strings.Contains(got, "\x1b[2J") || strings.Contains(got, "\u009b") || !strings.Contains(got, "last error: exit [2J   code 1") {
+	if strings.Contains(got, "\x1b[2J") || strings.Contains(got, "\u009b") || !strings.Contains(got, "last error: exit [2J   code 1 2") {
 		t.Errorf("%q", got)
 	}
 	if !strings.Contains(got, "2 messages") || !strings.Contains(got, "(attached)") {
