@@ -8,10 +8,10 @@ import (
 	"maps"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strconv"
 
+	"pthost/adapters/internal/launch"
 	"pthost/adapters/pt1/wire"
 	"pthost/ptipc"
 	"pthost/ptipc/host"
@@ -27,8 +27,8 @@ var (
 	_ host.Generator = Dialect{}
 )
 
-// cookieName is the file of the Extended ORPort's cookie in the state directory.
-const cookieName = "extended_orport_auth_cookie"
+// example is the transport that errors name.
+const example = "obfs4"
 
 // ClientConfig is the configuration of a client.
 type ClientConfig struct {
@@ -42,7 +42,7 @@ type ClientConfig struct {
 
 // Validate checks all that can be known before a connection is made.
 func (c *ClientConfig) Validate() error {
-	if err := checkNames(c.Transports); err != nil {
+	if err := launch.CheckNames(c.Transports, example); err != nil {
 		return err
 	}
 	for name, defaults := range c.Transports {
@@ -72,7 +72,7 @@ type ServerTransport struct {
 
 // Validate checks all that can be known before the server runs.
 func (c *ServerConfig) Validate() error {
-	if err := checkNames(c.Transports); err != nil {
+	if err := launch.CheckNames(c.Transports, example); err != nil {
 		return err
 	}
 	for name, t := range c.Transports {
@@ -84,27 +84,15 @@ func (c *ServerConfig) Validate() error {
 }
 
 func (t ServerTransport) server(name string) (wire.Server, error) {
-	bind, err := netip.ParseAddrPort(t.Listen)
-	if err != nil || bind.Addr().Zone() != "" {
-		return wire.Server{}, &ptipc.ConfigError{Pointer: "/listen", Value: strconv.Quote(t.Listen), Problem: "is not an address to listen at", Remedy: "write ip:port, such as 0.0.0.0:443 or [::]:443"}
+	bind, err := launch.Listen(t.Listen)
+	if err != nil {
+		return wire.Server{}, err
 	}
 	options, err := readArgs(t.Options)
 	if err != nil {
 		return wire.Server{}, Under("/options", err)
 	}
 	return wire.Server{Name: name, Bind: bind, Options: options}, nil
-}
-
-func checkNames[T any](transports map[string]T) error {
-	if len(transports) == 0 {
-		return &ptipc.ConfigError{Pointer: "/transports", Value: "{}", Problem: "names no transport", Remedy: `add the one that the executable is asked for, such as "obfs4": {…}`}
-	}
-	for name := range transports {
-		if !wire.ValidName(name) {
-			return &ptipc.ConfigError{Pointer: "/transports", Value: strconv.Quote(name), Problem: "is not the name of a managed transport", Remedy: "begin with a letter or _, go on with letters, digits and _"}
-		}
-	}
-	return nil
 }
 
 // Check reads a configuration, for [host.RoleClient] or [host.RoleServer], and starts
@@ -142,18 +130,15 @@ func (d Dialect) Start(l host.Launch) (*host.Session, error) {
 }
 
 func (Dialect) startServer(l host.Launch) (*host.Session, error) {
-	if l.Proxy != "" {
-		return nil, fmt.Errorf("the server of a managed transport makes no connections of its own, and takes no upstream proxy (PT1-7): %w", ptipc.ExitUsage)
+	e, err := launch.ServerEnvironment(l)
+	if err != nil {
+		return nil, err
 	}
 	var c ServerConfig
 	if err := l.Config.Decode(&c); err != nil {
 		return nil, err
 	}
 	names := slices.Sorted(maps.Keys(c.Transports))
-	e := wire.Environment{State: l.Dir, ExitOnStdinClose: true, CookieFile: filepath.Join(l.Dir, cookieName)}
-	if len(l.Deliver) == 2 { // as Deliveries orders them
-		e.Port, e.ExtendedPort = l.Deliver[0], l.Deliver[1]
-	}
 	for _, name := range names {
 		s, err := c.Transports[name].server(name)
 		if err != nil {
@@ -161,7 +146,7 @@ func (Dialect) startServer(l host.Launch) (*host.Session, error) {
 		}
 		e.Servers = append(e.Servers, s)
 	}
-	return session(&e, names)
+	return session(e, names)
 }
 
 func session(e *wire.Environment, names []string) (*host.Session, error) {
@@ -176,11 +161,8 @@ func session(e *wire.Environment, names []string) (*host.Session, error) {
 // Deliveries are an ORPort, for transports that know no better, and an Extended
 // ORPort with its cookie in the state directory (PT1-12).
 func (Dialect) Deliveries(l host.Launch) ([]host.TakeFunc, error) {
-	uid, gid := -1, -1
-	if l.Credential != nil {
-		uid, gid = int(l.Credential.UID), int(l.Credential.GID)
-	}
-	cookie, err := wire.WriteCookie(filepath.Join(l.Dir, cookieName), uid, gid)
+	uid, gid := launch.Owner(l)
+	cookie, err := wire.WriteCookie(launch.CookieFile(l), uid, gid)
 	if err != nil {
 		return nil, err
 	}
@@ -203,7 +185,7 @@ type GenerateOptions struct {
 
 // Validate demands an address that clients can use.
 func (o *GenerateOptions) Validate() error {
-	if err := checkNames(map[string]bool{o.Transport: true}); err != nil {
+	if err := launch.CheckNames(map[string]bool{o.Transport: true}, example); err != nil {
 		return &ptipc.ConfigError{Pointer: "/transport", Value: strconv.Quote(o.Transport), Problem: "is not the name of a managed transport", Remedy: "write one that the executable knows, such as obfs4"}
 	}
 	s, err := ServerTransport{Listen: o.Listen, Options: o.Options}.server(o.Transport)

@@ -9,12 +9,12 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/netip"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
+	"pthost/adapters/internal/launch"
 	"pthost/adapters/pt1"
 	"pthost/adapters/pt1/wire"
 	"pthost/ptipc"
@@ -37,7 +37,7 @@ const (
 )
 
 const (
-	cookieName  = "extended_orport_auth_cookie"
+	example     = "shadow" // the transport that errors name
 	optionsName = "pt2-options.json"
 	// protocolRaw is the protocol of a socket whose connections are the streams.
 	protocolRaw = "transparent-TCP"
@@ -80,7 +80,7 @@ func (c *ClientConfig) common() Common { return Common{c.Options, c.Pass, c.Vers
 
 // Validate checks all that can be known before a connection is made.
 func (c *ClientConfig) Validate() error {
-	if err := checkNames(c.Transports); err != nil {
+	if err := launch.CheckNames(c.Transports, example); err != nil {
 		return err
 	}
 	for name, defaults := range c.Transports {
@@ -111,27 +111,15 @@ type ServerTransport struct {
 
 // Validate checks all that can be known before the server runs.
 func (c *ServerConfig) Validate() error {
-	if err := checkNames(c.Transports); err != nil {
+	if err := launch.CheckNames(c.Transports, example); err != nil {
 		return err
 	}
 	for name, t := range c.Transports {
-		if bind, err := netip.ParseAddrPort(t.Listen); err != nil || bind.Addr().Zone() != "" {
-			return &ptipc.ConfigError{Pointer: "/transports/" + name + "/listen", Value: strconv.Quote(t.Listen), Problem: "is not an address to listen at", Remedy: "write ip:port, such as 0.0.0.0:443 or [::]:443"}
+		if _, err := launch.Listen(t.Listen); err != nil {
+			return pt1.Under("/transports/"+name, err)
 		}
 	}
 	return c.common().validate()
-}
-
-func checkNames[T any](transports map[string]T) error {
-	if len(transports) == 0 {
-		return &ptipc.ConfigError{Pointer: "/transports", Value: "{}", Problem: "names no transport", Remedy: `add the one that the executable is asked for, such as "shadow": {…}`}
-	}
-	for name := range transports {
-		if !wire.ValidName(name) {
-			return &ptipc.ConfigError{Pointer: "/transports", Value: strconv.Quote(name), Problem: "is not the name of a transport", Remedy: "begin with a letter or _, go on with letters, digits and _"}
-		}
-	}
-	return nil
 }
 
 // Check reads a configuration, for [host.RoleClient] or [host.RoleServer], and starts
@@ -153,7 +141,7 @@ func (d Dialect) Start(l host.Launch) (*host.Session, error) {
 		return nil, err
 	}
 	names := slices.Sorted(maps.Keys(c.Transports))
-	e := wire.Environment{Clients: names, Proxy: l.Proxy}
+	e := wire.Environment{State: l.Dir, ExitOnStdinClose: true, Clients: names, Proxy: l.Proxy}
 	session, err := session(l, &e, c.common(), names)
 	if err != nil {
 		return nil, err
@@ -177,30 +165,29 @@ func raw(defaults, settings ptipc.Opaque, dest string) error {
 }
 
 func (Dialect) startServer(l host.Launch) (*host.Session, error) {
-	if l.Proxy != "" {
-		return nil, fmt.Errorf("a server of PT 2 makes no connections of its own, and takes no upstream proxy (PT1-7): %w", ptipc.ExitUsage)
+	e, err := launch.ServerEnvironment(l)
+	if err != nil {
+		return nil, err
 	}
 	var c ServerConfig
 	if err := l.Config.Decode(&c); err != nil {
 		return nil, err
 	}
 	names := slices.Sorted(maps.Keys(c.Transports))
-	e := wire.Environment{CookieFile: filepath.Join(l.Dir, cookieName)}
-	if len(l.Deliver) == 2 { // as Deliveries orders them
-		e.Port, e.ExtendedPort = l.Deliver[0], l.Deliver[1]
-	}
 	for _, name := range names {
-		// It was checked.
-		bind, _ := netip.ParseAddrPort(c.Transports[name].Listen)
+		bind, err := launch.Listen(c.Transports[name].Listen)
+		if err != nil {
+			return nil, err
+		}
 		e.Servers = append(e.Servers, wire.Server{Name: name, Bind: bind})
 	}
-	return session(l, &e, c.common(), names)
+	return session(l, e, c.common(), names)
 }
 
 // session says how a child is told, by flags or by its environment.
 func session(l host.Launch, e *wire.Environment, c Common, names []string) (*host.Session, error) {
 	s := &host.Session{Unset: wire.Prefix, Versions: versions, Names: names, Line: parse, Stderr: parseStderr}
-	e.Versions, e.State, e.ExitOnStdinClose = versions, l.Dir, true
+	e.Versions = versions
 	environ, err := e.Environ()
 	if err != nil {
 		return nil, err
@@ -220,7 +207,7 @@ func session(l host.Launch, e *wire.Environment, c Common, names []string) (*hos
 	if !c.Options.Empty() {
 		// Not on the command line, which every user of the machine can read.
 		path := filepath.Join(l.Dir, optionsName)
-		uid, gid := owner(l)
+		uid, gid := launch.Owner(l)
 		if err := wire.WritePrivate(path, c.Options, uid, gid); err != nil {
 			return nil, fmt.Errorf("writing the options: %w", err)
 		}
@@ -265,13 +252,6 @@ func compacted(o ptipc.Opaque) (string, error) {
 	var b bytes.Buffer
 	err := json.Compact(&b, o)
 	return b.String(), err
-}
-
-func owner(l host.Launch) (uid, gid int) {
-	if l.Credential == nil {
-		return -1, -1
-	}
-	return int(l.Credential.UID), int(l.Credential.GID)
 }
 
 // Deliveries are those of PT 1.0 (PT1-12).
