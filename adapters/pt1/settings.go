@@ -5,7 +5,6 @@ import (
 	"errors"
 	"maps"
 	"net"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -100,40 +99,16 @@ func readArgs(o ptipc.Opaque) (wire.Args, error) {
 	return argsOf(all)
 }
 
-// argsOf makes arguments of settings, ordered by their keys (PT1-4).
+// argsOf makes arguments of settings (PT1-4).
 func argsOf(all map[string]json.RawMessage) (wire.Args, error) {
-	var args wire.Args
-	for _, key := range slices.Sorted(maps.Keys(all)) {
-		at := "/" + escapePointer(key)
-		if key == "" {
-			return nil, &ptipc.ConfigError{Pointer: at, Problem: "has no name, and cannot be handed to a managed transport", Remedy: "remove it"}
-		}
-		raw := all[key]
-		var list []json.RawMessage
-		if raw[0] != '[' || json.Unmarshal(raw, &list) != nil {
-			list = []json.RawMessage{raw}
-		}
-		for _, raw := range list {
-			value, ok := scalar(raw)
-			if !ok { // the value may be a secret
-				return nil, &ptipc.ConfigError{Pointer: at, Problem: "cannot be handed to a managed transport, which knows texts alone", Remedy: "write a string, a number, true or false, or a list of these"}
-			}
-			args = append(args, wire.Arg{Key: key, Value: value})
-		}
+	if _, ok := all[""]; ok {
+		return nil, &ptipc.ConfigError{Pointer: "/", Problem: "has no name, and cannot be handed to a managed transport", Remedy: "remove it"}
+	}
+	args, misfit, ok := wire.ArgsOf(all)
+	if !ok { // the value may be a secret
+		return nil, &ptipc.ConfigError{Pointer: "/" + escapePointer(misfit), Problem: "cannot be handed to a managed transport, which knows texts alone", Remedy: "write a string, a number, true or false, or a list of these"}
 	}
 	return args, nil
-}
-
-// scalar is the text of a string, or a number or boolean as it stands.
-func scalar(raw json.RawMessage) (string, bool) {
-	switch raw[0] {
-	case '"':
-		var text string
-		return text, json.Unmarshal(raw, &text) == nil
-	case '{', '[', 'n':
-		return "", false
-	}
-	return string(raw), true
 }
 
 // Under moves the place of a configuration error below pointer.

@@ -4,9 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
-	"slices"
 	"strconv"
 
 	"pthost/adapters/pt1/wire"
@@ -80,39 +78,15 @@ func bridgeArgs(client ptipc.Opaque) (stdio.Args, error) {
 	if err := client.Decode(&members); err != nil {
 		return nil, fmt.Errorf("the client's configuration: %w", err)
 	}
-	var args wire.Args
-	for _, key := range slices.Sorted(maps.Keys(members)) {
-		if key == keyHost || key == keyPort {
-			continue // tor has them in front of the arguments
-		}
-		values := []json.RawMessage{members[key]}
-		if members[key][0] == '[' {
-			if err := json.Unmarshal(members[key], &values); err != nil {
-				return nil, err
-			}
-		}
-		for _, raw := range values {
-			value, ok := scalar(raw)
-			if !ok {
-				return nil, fmt.Errorf("the client's configuration has a member %q that is more than strings, numbers and booleans, which a bridge line cannot carry (PT1-27)", key)
-			}
-			args = append(args, wire.Arg{Key: key, Value: value})
-		}
+	delete(members, keyHost) // tor has them in front of the arguments
+	delete(members, keyPort)
+	args, misfit, ok := wire.ArgsOf(members)
+	if !ok {
+		return nil, fmt.Errorf("the client's configuration has a member %q that is more than strings, numbers and booleans, which a bridge line cannot carry (PT1-27)", misfit)
 	}
 	out, err := wire.BridgeArgs(args)
 	if err != nil {
 		return nil, fmt.Errorf("the client's configuration: %w", err)
 	}
 	return out, nil
-}
-
-// scalar is the text of a string, or a number or boolean as it stands.
-func scalar(raw json.RawMessage) (text string, ok bool) {
-	switch raw[0] {
-	case '{', '[', 'n':
-		return "", false
-	case '"':
-		return text, json.Unmarshal(raw, &text) == nil
-	}
-	return string(raw), true
 }

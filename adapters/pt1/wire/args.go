@@ -1,8 +1,11 @@
 package wire
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"pthost/ptipc/stdio"
@@ -22,6 +25,34 @@ func (a Args) Get(key string) (value string, ok bool) {
 		}
 	}
 	return "", false
+}
+
+// ArgsOf makes arguments of the members of a JSON object, ordered by their keys (PT1-4): of
+// a string its text, of a number or boolean what stands there, and of a list of these
+// one argument for each element. misfit is the key of a member that is something else.
+func ArgsOf(members map[string]json.RawMessage) (args Args, misfit string, ok bool) {
+	for _, key := range slices.Sorted(maps.Keys(members)) {
+		values := []json.RawMessage{members[key]}
+		if members[key][0] == '[' {
+			values = nil
+			if json.Unmarshal(members[key], &values) != nil {
+				return nil, key, false
+			}
+		}
+		for _, raw := range values {
+			value := string(raw)
+			switch raw[0] {
+			case '{', '[', 'n':
+				return nil, key, false
+			case '"':
+				if json.Unmarshal(raw, &value) != nil {
+					return nil, key, false
+				}
+			}
+			args = append(args, Arg{key, value})
+		}
+	}
+	return args, "", true
 }
 
 // The limits of what RFC 1929 carries (PT1-3).
