@@ -214,18 +214,9 @@ func (s *soaking) kill(name string) func(ctx context.Context) error {
 				}
 				return err
 			}
-			hold(ctx, 10*time.Millisecond)
+			soak.Pause(ctx, 10*time.Millisecond)
 		}
 		return ctx.Err()
-	}
-}
-
-func hold(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
 	}
 }
 
@@ -246,7 +237,7 @@ func (s *soaking) exhaust(ctx context.Context) error {
 		}
 		idle = append(idle, conn)
 	}
-	hold(ctx, soakHold)
+	soak.Pause(ctx, soakHold)
 	return nil
 }
 
@@ -272,6 +263,6 @@ func (s *soaking) fill(ctx context.Context) (err error) {
 	if err := s.kill("server")(ctx); err != nil {
 		return err
 	}
-	hold(ctx, soakHold)
+	soak.Pause(ctx, soakHold)
 	return nil
 }

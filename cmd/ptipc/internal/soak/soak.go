@@ -123,7 +123,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 		load.Go(func() {
 			for loading.Err() == nil {
 				if !r.one(ctx) {
-					pause(loading, 20*time.Millisecond) // as a program that tries again
+					Pause(loading, 20*time.Millisecond) // as a program that tries again
 				}
 			}
 		})
@@ -131,7 +131,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	err := r.faults(loading)
 	load.Wait()
 	r.report.Seconds = time.Since(began).Seconds()
-	if err == nil {
+	if err == nil && ctx.Err() == nil {
 		err = r.recover(ctx)
 	}
 	r.report.After = r.idle(ctx)
@@ -144,7 +144,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 // faults injects one after the other, and sees to it that each is got over.
 func (r *run) faults(ctx context.Context) error {
 	for i := 0; ; i++ {
-		pause(ctx, r.config.Every)
+		Pause(ctx, r.config.Every)
 		if ctx.Err() != nil || len(r.config.Faults) == 0 {
 			return nil
 		}
@@ -175,10 +175,13 @@ var errNoRecovery = errors.New("no connection finished for a minute")
 func (r *run) recover(ctx context.Context) error {
 	began := time.Now()
 	for !r.one(ctx) {
+		if ctx.Err() != nil {
+			return nil // it was us who ended it
+		}
 		if time.Since(began) > recoveryTime {
 			return errNoRecovery
 		}
-		pause(ctx, 20*time.Millisecond)
+		Pause(ctx, 20*time.Millisecond)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -191,7 +194,7 @@ func (r *run) idle(ctx context.Context) Usage {
 	runtime.GC()
 	last := r.config.Sample()
 	for range 20 {
-		pause(ctx, 500*time.Millisecond)
+		Pause(ctx, 500*time.Millisecond)
 		now := r.config.Sample()
 		if now.Descriptors == last.Descriptors && now.Processes == last.Processes {
 			return now
@@ -208,7 +211,8 @@ func (r *run) summary() string {
 		r.report.Tried, r.report.Finished, r.report.Failed, r.report.Lost, r.report.Stalled)
 }
 
-func pause(ctx context.Context, d time.Duration) {
+// Pause waits for d, or until ctx ends.
+func Pause(ctx context.Context, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

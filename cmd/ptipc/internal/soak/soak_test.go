@@ -40,7 +40,7 @@ func soaked(t *testing.T, patience time.Duration, spoil func(client, far *net.TC
 		},
 		Faults: []Fault{{Name: "spoilt", Do: func(ctx context.Context) error {
 			bad.Store(true)
-			pause(ctx, 200*time.Millisecond)
+			Pause(ctx, 200*time.Millisecond)
 			bad.Store(false)
 			return nil
 		}}},
@@ -125,6 +125,33 @@ func TestRun(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// Ctrl-C ends the run with a report of what was until then.
+func TestEndedEarly(t *testing.T) {
+	far, err := localnet.ListenTCP("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r, err := Run(ctx, Config{
+		Duration: time.Hour, Streams: 2, Every: time.Millisecond, Patience: 10 * time.Second, Listener: far,
+		Dial: func(ctx context.Context) (Conn, error) {
+			var d net.Dialer
+			conn, err := d.DialContext(ctx, "tcp", far.Addr().String())
+			return asConn(conn), err
+		},
+		Faults: []Fault{{Name: "Ctrl-C", Do: func(context.Context) error {
+			cancel()
+			return nil
+		}}},
+		Sample:   func() Usage { return Usage{} },
+		Progress: func(string) {},
+	})
+	if err != nil || r.Finished < warmUp || r.Faults["Ctrl-C"] != 1 {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 
