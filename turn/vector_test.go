@@ -1,12 +1,9 @@
 package turn
 
 import (
-	"encoding/hex"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -14,6 +11,8 @@ import (
 	"time"
 
 	"github.com/pion/stun"
+
+	"pthost/ptipc/testvector"
 )
 
 // A vector is a file of testdata/turn, described in the README there.
@@ -28,24 +27,12 @@ type vector struct {
 
 func readVectors(t testing.TB, kind string) []*vector {
 	t.Helper()
-	names, err := filepath.Glob("../testdata/turn/" + kind + "-*.txt")
-	if err != nil || len(names) == 0 {
-		t.Fatalf("no vectors: %v", err)
-	}
-	vectors := make([]*vector, 0, len(names))
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		v := &vector{name: strings.TrimSuffix(filepath.Base(name), ".txt")}
-		for i, line := range strings.Split(strings.TrimSuffix(string(text), "\n"), "\n") {
-			if err := v.parse(kind, line); err != nil {
-				t.Fatalf("%s:%d: %v", name, i+1, err)
-			}
-		}
+	var vectors []*vector
+	testvector.Files(t, "../testdata/turn/"+kind+"-*.txt", func(name string) func(string) error {
+		v := &vector{name: name}
 		vectors = append(vectors, v)
-	}
+		return func(line string) error { return v.parse(kind, line) }
+	})
 	return vectors
 }
 
@@ -59,7 +46,7 @@ func (v *vector) parse(kind, line string) (err error) {
 	case "state":
 		v.state = rest
 	case ">":
-		v.datagram, err = parseBytes(rest)
+		v.datagram, err = testvector.Bytes(rest)
 	case "request":
 		v.method, err = strconv.ParseUint(rest, 16, 12)
 	case "attribute":
@@ -67,7 +54,7 @@ func (v *vector) parse(kind, line string) (err error) {
 		var n uint64
 		var b []byte
 		if n, err = strconv.ParseUint(kind, 16, 16); err == nil {
-			b, err = parseBytes(value)
+			b, err = testvector.Bytes(value)
 		}
 		v.setters = append(v.setters, attribute(stun.AttrType(n), b...))
 	case "peer-address":
@@ -86,28 +73,6 @@ func (v *vector) parse(kind, line string) (err error) {
 		err = fmt.Errorf("unknown line %q", line)
 	}
 	return err
-}
-
-func parseBytes(text string) ([]byte, error) {
-	out := []byte{}
-	for text != "" {
-		if quoted, ok := strings.CutPrefix(text, "'"); ok {
-			s, rest, ok := strings.Cut(quoted, "'")
-			if !ok {
-				return nil, fmt.Errorf("no end of %q", text)
-			}
-			out = append(out, s...)
-			text = strings.TrimPrefix(rest, " ")
-			continue
-		}
-		word, rest, _ := strings.Cut(text, " ")
-		b, err := hex.DecodeString(word)
-		if err != nil || len(b) != 1 {
-			return nil, fmt.Errorf("%q is not a byte", word)
-		}
-		out, text = append(out, b...), rest
-	}
-	return out, nil
 }
 
 // checkDropped says whether just one datagram was dropped, for this reason.
@@ -157,7 +122,7 @@ func runServerVector(t *testing.T, v *vector, s *Server, n *memNet, c *memClient
 	answer := c.receive()
 	checkDropped(t, v, before, s.Stats().Dropped)
 	if payload, ok := strings.CutPrefix(v.result, "peer"); ok {
-		want, err := parseBytes(strings.TrimPrefix(payload, " "))
+		want, err := testvector.Bytes(strings.TrimPrefix(payload, " "))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -269,7 +234,7 @@ func runClientVector(t *testing.T, v *vector) {
 	k, _, err := conn.ReadFrom(buf)
 	checkDropped(t, v, before, conn.Stats().Dropped)
 	if payload, ok := strings.CutPrefix(v.result, "payload"); ok {
-		want, perr := parseBytes(strings.TrimPrefix(payload, " "))
+		want, perr := testvector.Bytes(strings.TrimPrefix(payload, " "))
 		if perr != nil {
 			t.Fatal(perr)
 		}

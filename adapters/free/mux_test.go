@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -733,50 +732,16 @@ func TestMuxHangUp(t *testing.T) {
 
 // FREE-15 to FREE-22: the server's side of each vector, in one piece and byte by byte.
 func TestManyVectors(t *testing.T) {
-	names, err := filepath.Glob(filepath.Join(vectorDir, "many-*.txt"))
-	if err != nil || len(names) == 0 {
-		t.Fatalf("no vectors: %v", err)
-	}
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var client, server []byte
-		broken, dials := false, []string(nil)
-		for _, line := range strings.Split(strings.TrimSuffix(string(text), "\n"), "\n") {
-			word, rest, _ := strings.Cut(line, " ")
-			switch word {
-			case ">", "<":
-				b, err := parseBytes(rest)
-				if err != nil {
-					t.Fatalf("%s: %v", name, err)
-				}
-				if word == ">" {
-					client = append(client, b...)
-				} else {
-					server = append(server, b...)
-				}
-			case "dial":
-				dials = append(dials, rest)
-			case "broken":
-				broken = true
-			case "#", "clause", "many":
-			default:
-				t.Fatalf("%s: unknown line %q", name, line)
-			}
-		}
-		for _, size := range []int{1, len(client)} {
-			t.Run(fmt.Sprintf("%s/%d", strings.TrimSuffix(filepath.Base(name), ".txt"), size), func(t *testing.T) {
-				runManyVector(t, client, server, broken, dials, size)
-			})
+	for _, v := range readVectors(t, "many") {
+		for _, size := range []int{1, len(v.sent())} {
+			t.Run(fmt.Sprintf("%s/%d", v.name, size), func(t *testing.T) { runManyVector(t, v, size) })
 		}
 	}
 }
 
 // The destination sends back what it is sent, and its end. b.example refuses, c.example
 // does not answer.
-func runManyVector(t *testing.T, client, server []byte, broken bool, dials []string, size int) {
+func runManyVector(t *testing.T, v *vector, size int) {
 	dialled := make(chan string, 16)
 	_, open := startServer(t, "tcp", drainTimeout, func(ctx context.Context, _, dest string) (net.Conn, error) {
 		dialled <- dest
@@ -797,16 +762,16 @@ func runManyVector(t *testing.T, client, server []byte, broken bool, dials []str
 	c := open()
 	defer c.Close()
 	go func() {
-		for b := client; len(b) > 0; b = b[min(size, len(b)):] {
+		for b := v.sent(); len(b) > 0; b = b[min(size, len(b)):] {
 			if _, err := c.Write(b[:min(size, len(b))]); err != nil {
 				return
 			}
 		}
 	}()
 	// What a fault destroys on its way back cannot be waited for.
-	if !broken {
-		if got := readExactly(t, c, len(server)); !bytes.Equal(got, server) {
-			t.Errorf("the server sent % x, want % x", got, server)
+	if !v.broken {
+		if got := readExactly(t, c, len(v.receives)); !bytes.Equal(got, v.receives) {
+			t.Errorf("the server sent % x, want % x", got, v.receives)
 		}
 		mustWrite(t, c, appendFrame(nil, framePing, 0, nil))
 		if got, want := readExactly(t, c, frameHeader), appendFrame(nil, framePong, 0, nil); !bytes.Equal(got, want) {
@@ -815,7 +780,7 @@ func runManyVector(t *testing.T, client, server []byte, broken bool, dials []str
 	} else if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error("the carrier was not ended") // FREE-22
 	}
-	for _, want := range dials {
+	for _, want := range v.dials {
 		if got := <-dialled; got != want {
 			t.Errorf("dialled %q, want %q", got, want)
 		}
@@ -828,23 +793,9 @@ func runManyVector(t *testing.T, client, server []byte, broken bool, dials []str
 // FuzzFrames feeds both ends any bytes: nothing but an end of the carrier may come of
 // it, and however the bytes are cut it is the same.
 func FuzzFrames(f *testing.F) {
-	names, err := filepath.Glob(filepath.Join(vectorDir, "many-*.txt"))
-	if err != nil {
-		f.Fatal(err)
-	}
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			f.Fatal(err)
-		}
-		for _, line := range strings.Split(string(text), "\n") {
-			if rest, ok := strings.CutPrefix(line, "> "); ok {
-				b, err := parseBytes(rest)
-				if err != nil {
-					f.Fatal(err)
-				}
-				f.Add(b, byte(1))
-			}
+	for _, v := range readVectors(f, "many") {
+		for _, b := range v.sends {
+			f.Add(b, byte(1))
 		}
 	}
 	f.Fuzz(func(t *testing.T, b []byte, cut byte) {

@@ -3,12 +3,10 @@ package free
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -17,11 +15,12 @@ import (
 
 	"pthost/ptipc"
 	"pthost/ptipc/relay"
+	"pthost/ptipc/testvector"
 )
 
 const vectorDir = "../../testdata/free"
 
-// A vector is a server- or client- file of testdata/free, described in the README there.
+// A vector is a server-, many- or client- file of testdata/free, described in the README there.
 type vector struct {
 	name     string
 	clause   string
@@ -31,7 +30,9 @@ type vector struct {
 	end      bool
 	timeout  bool
 	fail     ptipc.Class
-	dial     string
+	dial     string   // the last of
+	dials    []string // what many- files have
+	broken   bool
 	wire     []byte
 	result   string
 }
@@ -40,42 +41,30 @@ func (v *vector) sent() []byte { return bytes.Join(v.sends, nil) }
 
 func readVectors(t testing.TB, kind string) []*vector {
 	t.Helper()
-	names, err := filepath.Glob(filepath.Join(vectorDir, kind+"-*.txt"))
-	if err != nil || len(names) == 0 {
-		t.Fatalf("no vectors in %s: %v", vectorDir, err)
-	}
-	vectors := make([]*vector, 0, len(names))
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		v := &vector{name: strings.TrimSuffix(filepath.Base(name), ".txt")}
-		for i, line := range strings.Split(strings.TrimSuffix(string(text), "\n"), "\n") {
-			if err := v.parse(line); err != nil {
-				t.Fatalf("%s:%d: %v", name, i+1, err)
-			}
-		}
+	var vectors []*vector
+	testvector.Files(t, filepath.Join(vectorDir, kind+"-*.txt"), func(name string) func(string) error {
+		v := &vector{name: name}
 		vectors = append(vectors, v)
-	}
+		return v.parse
+	})
 	return vectors
 }
 
 func (v *vector) parse(line string) (err error) {
 	word, rest, _ := strings.Cut(line, " ")
 	switch word {
-	case "#", "server":
+	case "#", "server", "many":
 	case "clause":
 		v.clause = rest
 	case "client":
 		v.client = rest
 	case ">":
 		var b []byte
-		b, err = parseBytes(rest)
+		b, err = testvector.Bytes(rest)
 		v.sends = append(v.sends, b)
 	case "<":
 		var b []byte
-		b, err = parseBytes(rest)
+		b, err = testvector.Bytes(rest)
 		v.receives = append(v.receives, b...)
 	case "end":
 		v.end = true
@@ -84,9 +73,11 @@ func (v *vector) parse(line string) (err error) {
 	case "fail":
 		v.fail, err = parseClass(rest)
 	case "dial":
-		v.dial = rest
+		v.dial, v.dials = rest, append(v.dials, rest)
+	case "broken":
+		v.broken = true
 	case "wire":
-		v.wire, err = parseBytes(rest)
+		v.wire, err = testvector.Bytes(rest)
 	case "result":
 		v.result = rest
 	default:
@@ -98,36 +89,6 @@ func (v *vector) parse(line string) (err error) {
 func parseClass(text string) (ptipc.Class, error) {
 	class, err := strconv.ParseUint(text, 16, 8)
 	return ptipc.Class(class), err
-}
-
-func parseBytes(text string) ([]byte, error) {
-	var out []byte
-	for text != "" {
-		if quoted, ok := strings.CutPrefix(text, "'"); ok {
-			s, rest, ok := strings.Cut(quoted, "'")
-			if !ok {
-				return nil, fmt.Errorf("no end of %q", text)
-			}
-			out = append(out, s...)
-			text = strings.TrimPrefix(rest, " ")
-			continue
-		}
-		word, rest, _ := strings.Cut(text, " ")
-		text = rest
-		digits, count, repeated := strings.Cut(word, "*")
-		b, err := hex.DecodeString(digits)
-		if err != nil || len(b) != 1 {
-			return nil, fmt.Errorf("%q is not a byte", word)
-		}
-		n := 1
-		if repeated {
-			if n, err = strconv.Atoi(count); err != nil {
-				return nil, err
-			}
-		}
-		out = append(out, bytes.Repeat(b, n)...)
-	}
-	return out, nil
 }
 
 // FREE-1 to FREE-11: every vector comes in its pieces, in one segment, byte by

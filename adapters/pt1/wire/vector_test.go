@@ -6,16 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
 	"pthost/adapters/pt1/wire"
 	"pthost/ptipc/stdio"
+	"pthost/ptipc/testvector"
 )
 
 // vectors is where the vectors are; its README.md explains them.
@@ -29,87 +28,38 @@ type vector struct {
 
 func loadVectors(t testing.TB) []vector {
 	t.Helper()
-	files, err := filepath.Glob(filepath.Join(vectors, "*.txt"))
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no vectors in %s: %v", vectors, err)
-	}
 	var all []vector
 	seen := map[string]bool{}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
+	testvector.Stanzas(t, filepath.Join(vectors, "*.txt"), func(file string, stanza []testvector.Line) {
+		var v vector
+		for _, line := range stanza {
+			switch line.Key {
+			case "name":
+				v.name = line.Value
+			case "clause":
+				v.clause = line.Value
+			case "input":
+				v.input = line.Value
+			case "bytes":
+				v.bytes = testvector.Unescape(t, line.Value)
+			case "want":
+				v.want = line.Value
+			case "write":
+				v.write = testvector.Unescape(t, line.Value)
+			default:
+				t.Fatalf("%s: strange key %q", file, line.Key)
+			}
 		}
-		for stanza := range strings.SplitSeq(string(text), "\n\n") {
-			var v vector
-			for line := range strings.Lines(stanza) {
-				line = strings.TrimSuffix(line, "\n")
-				if line == "" || line[0] == '#' {
-					continue
-				}
-				key, value, ok := strings.Cut(line, ":")
-				value = strings.TrimPrefix(value, " ")
-				switch key {
-				case "name":
-					v.name = value
-				case "clause":
-					v.clause = value
-				case "input":
-					v.input = value
-				case "bytes":
-					v.bytes = unescape(t, value)
-				case "want":
-					v.want = value
-				case "write":
-					v.write = unescape(t, value)
-				default:
-					ok = false
-				}
-				if !ok {
-					t.Fatalf("%s: strange line %q", file, line)
-				}
-			}
-			if reflect.DeepEqual(v, vector{}) {
-				continue // a comment by itself
-			}
-			if v.name == "" || v.clause == "" || v.input == "" || v.want == "" || seen[v.name] {
-				t.Fatalf("%s: incomplete or double vector %q", file, v.name)
-			}
-			if v.write == nil {
-				v.write = v.bytes
-			}
-			seen[v.name] = true
-			all = append(all, v)
+		if v.name == "" || v.clause == "" || v.input == "" || v.want == "" || seen[v.name] {
+			t.Fatalf("%s: incomplete or double vector %q", file, v.name)
 		}
-	}
+		if v.write == nil {
+			v.write = v.bytes
+		}
+		seen[v.name] = true
+		all = append(all, v)
+	})
 	return all
-}
-
-// unescape reads %XX and %{N}.
-func unescape(t testing.TB, s string) []byte {
-	t.Helper()
-	b := []byte{}
-	for s != "" {
-		var err error
-		switch {
-		case s[0] != '%':
-			b, s = append(b, s[0]), s[1:]
-		case strings.HasPrefix(s, "%{"):
-			var count string
-			var n int
-			count, s, _ = strings.Cut(s[2:], "}")
-			n, err = strconv.Atoi(count)
-			b = append(b, bytes.Repeat(b[len(b)-1:], n-1)...)
-		default:
-			var c uint64
-			c, err = strconv.ParseUint(s[1:3], 16, 8)
-			b, s = append(b, byte(c)), s[3:]
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	return b
 }
 
 func pairs(args wire.Args) [][2]string {
