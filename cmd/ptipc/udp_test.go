@@ -233,6 +233,50 @@ func parsed(line []byte) stdio.Message {
 	return m
 }
 
+// coturn's client uses a child as any TURN server, and what it sends comes back.
+func TestCoturnThroughChild(t *testing.T) {
+	program := testpeer.Need(t, "turnutils_uclient")
+	m := startChild(t, "direct", `{}`)
+	username, password, _, ok := m.Args.TURN()
+	if !ok {
+		t.Fatalf("%s has no credentials", m.Name)
+	}
+	_, port, err := net.SplitHostPort(m.Addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	echoed := make(chan struct{})
+	go func() {
+		defer close(echoed)
+		b := make([]byte, 2048)
+		for {
+			n, from, err := peer.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			_, _ = peer.WriteToUDPAddrPort(b[:n], from)
+		}
+	}()
+	t.Cleanup(func() {
+		_ = peer.Close()
+		<-echoed
+	})
+	for name, option := range map[string]string{"channels": "-c", "indications": "-s"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // most of the time it sleeps
+			out := run(t, exec.CommandContext(t.Context(), program, "-c", option, "-n", "50", "-m", "2", "-z", "2", "-l", "1200",
+				"-u", username, "-w", password, "-e", "127.0.0.1", "-r", fmt.Sprint(peer.LocalAddr().(*net.UDPAddr).Port), "-p", port, "127.0.0.1"))
+			if !strings.Contains(out, "tot_send_msgs=100, tot_recv_msgs=100") {
+				t.Error(out)
+			}
+		})
+	}
+}
+
 // Two pages, each in a browser of its own, whose only way to each other is a child as
 // their TURN server, talk over a data channel. They signal through the site they come from.
 func TestChromiumDataChannel(t *testing.T) {
