@@ -276,9 +276,6 @@ func (t *Transport) Validate() error {
 	if len(t.Attach) > 0 && (t.Sandbox.set() || t.Limits != Limits{}) {
 		return &ptipc.ConfigError{Pointer: "/attach", Problem: "is a child that runs already, which cannot be restricted any more", Remedy: `remove "sandbox" and "limits"`}
 	}
-	if err := t.validateDialect(); err != nil {
-		return err
-	}
 	if t.Signals.set() && len(t.Attach) > 0 {
 		return &ptipc.ConfigError{Pointer: "/signals", Problem: "need control lines, which a child that runs already does not have here", Remedy: `remove them, or start the child with "exec"`}
 	}
