@@ -96,7 +96,7 @@ func TestLimitsFromTheBeginning(t *testing.T) {
 		users = append(users, &Credential{UID: 65534, GID: 65534})
 	}
 	for _, user := range users {
-		for range 50 {
+		for range 20 {
 			start(t, Spec{Launcher: self("launcher"), Limits: Limits{Descriptors: 50}, Sandbox: &Sandbox{}, Credential: user}, "/bin/sh", "-c", "(ulimit -Hn)").expect("50")
 		}
 	}
