@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -92,6 +95,9 @@ func showSignals(out io.Writer, signals []control.Signal, asJSON, named bool) er
 		if err != nil {
 			return err
 		}
+		if terminal(out) {
+			text = escaped(text)
+		}
 		if named {
 			fmt.Fprintf(out, "# %s, message %d of %s\n", s.Transport, s.ID, s.Time.Local().Format("2006-01-02 15:04:05"))
 		}
@@ -100,6 +106,23 @@ func showSignals(out io.Writer, signals []control.Signal, asJSON, named bool) er
 		}
 	}
 	return nil
+}
+
+// escaped is the same JSON without what a terminal could take for a command.
+func escaped(text []byte) []byte {
+	var b []byte
+	for _, r := range string(text) {
+		switch {
+		case unicode.IsPrint(r):
+			b = utf8.AppendRune(b, r)
+		case r > 0xffff:
+			high, low := utf16.EncodeRune(r)
+			b = fmt.Appendf(b, `\u%04x\u%04x`, high, low)
+		default:
+			b = fmt.Appendf(b, `\u%04x`, r)
+		}
+	}
+	return b
 }
 
 func newSignalAdd() *cobra.Command {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"maps"
 	"strings"
 	"testing"
 
@@ -33,5 +35,26 @@ func TestLargestSignal(t *testing.T) {
 	}
 	if _, err := stdio.ParseSignal(text); err == nil || !strings.Contains(err.Error(), "SIG-4") {
 		t.Errorf("what is too long: %v", err)
+	}
+}
+
+// On a terminal a message is the same, and commands nothing.
+func TestSignalOnTerminal(t *testing.T) {
+	m := ptipc.Message{Body: ptipc.Opaque("{\"a\":\"é\u009b2J\u202e\U000e0001\x7f\"}")}
+	text, err := stdio.AppendSignal(nil, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := escaped(text)
+	if want := `{"body":{"a":"é\u009b2J\u202e\udb40\udc01\u007f"}}`; string(got) != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	back, err := stdio.ParseSignal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var a, b map[string]string
+	if err := errors.Join(m.Body.Decode(&a), back.Body.Decode(&b)); err != nil || !maps.Equal(a, b) {
+		t.Errorf("%q is not %q, %v", b, a, err)
 	}
 }
