@@ -25,9 +25,11 @@ import (
 )
 
 const (
-	// maxOpening is how many connections may be in a handshake, in Accept's queue or
-	// with the web site at a time (WS-4).
-	maxOpening = 1024
+	// maxOpening is how many connections may be in a handshake or in Accept's queue at a
+	// time (WS-4), and maxVisitors how many with the web site: who keeps that busy is in
+	// nobody's way here.
+	maxOpening  = 1024
+	maxVisitors = 1024
 
 	// siteIdle is how long a connection to the web site may wait for a request, and
 	// the site for its backend's answer.
@@ -93,8 +95,9 @@ type server struct {
 	meter    relay.Meter
 	group    group
 
-	conns   chan *conn
-	opening chan struct{} // a place for each connection that is not a stream yet
+	conns    chan *conn
+	opening  chan struct{} // a place for each connection that is not a stream yet
+	visitors chan struct{} // in its place, for one that has gone to the web site
 
 	stop  func()        // ends the server, once
 	done  chan struct{} // closed when stop begins
@@ -119,13 +122,14 @@ func listen(ctx context.Context, opaque ptipc.Opaque, env ptipc.Env) (ptipc.List
 		return nil, ptipc.Classify(err)
 	}
 	s := &server{
-		config:  config,
-		log:     env.Logger(),
-		socket:  socket,
-		conns:   make(chan *conn),
-		opening: make(chan struct{}, maxOpening),
-		done:    make(chan struct{}),
-		ended:   make(chan struct{}),
+		config:   config,
+		log:      env.Logger(),
+		socket:   socket,
+		conns:    make(chan *conn),
+		opening:  make(chan struct{}, maxOpening),
+		visitors: make(chan struct{}, maxVisitors),
+		done:     make(chan struct{}),
+		ended:    make(chan struct{}),
 	}
 	s.start(secure, env)
 	return s, nil
@@ -201,7 +205,7 @@ func (l *wires) Accept() (net.Conn, error) {
 		<-l.opening
 		return nil, err
 	}
-	o := &openConn{server: (*server)(l)}
+	o := &openConn{server: (*server)(l), place: l.opening}
 	o.wire = l.group.add(raw, o.leave)
 	return o, nil
 }
@@ -215,12 +219,35 @@ type openConn struct {
 	server *server
 	once   sync.Once
 	served atomic.Bool // it got past the handshake, or to the web site
+
+	mu    sync.Mutex
+	place chan struct{} // where it has one: server.opening, or server.visitors; nil when it has left
+}
+
+// visit takes a place with the web site in exchange, if there is one.
+func (o *openConn) visit() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.place != o.server.opening {
+		return true // it is there, or it is gone and nobody minds
+	}
+	select {
+	case o.server.visitors <- struct{}{}:
+		<-o.place
+		o.place = o.server.visitors
+		return true
+	default:
+		return false
+	}
 }
 
 // leave gives the place back, and counts a failure if nothing came of it.
 func (o *openConn) leave() {
 	o.once.Do(func() {
-		<-o.server.opening
+		o.mu.Lock()
+		<-o.place
+		o.place = nil
+		o.mu.Unlock()
 		if !o.served.Load() {
 			o.server.meter.Failed()
 		}
@@ -273,7 +300,13 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 // serveSite answers what is not for the transport.
 func (s *server) serveSite(w http.ResponseWriter, r *http.Request) {
 	if s.config.Backend.url != nil {
-		r.Context().Value(accepted{}).(*openConn).served.Store(true)
+		o := r.Context().Value(accepted{}).(*openConn)
+		if !o.visit() {
+			w.Header().Set("Connection", "close")
+			http.Error(w, http.StatusText(http.StatusServiceUnavailable), http.StatusServiceUnavailable)
+			return
+		}
+		o.served.Store(true)
 	}
 	s.site.ServeHTTP(w, r)
 }

@@ -208,8 +208,8 @@ func TestBoundedOpenings(t *testing.T) {
 		_, err := second.Read(make([]byte, 1))
 		answered <- err
 	}()
-	if len(s.opening) != maxOpening {
-		t.Errorf("%d places are taken, want all %d", len(s.opening), maxOpening)
+	for len(s.opening) < maxOpening { // the first client has yet to be accepted
+		runtime.Gosched()
 	}
 	first.Close()
 	if err := <-answered; err != nil {
@@ -233,6 +233,40 @@ func TestBoundedOpenings(t *testing.T) {
 	}
 	for _, c := range conns {
 		c.Close()
+	}
+}
+
+// Who keeps the web site busy holds no place of those who open a WebSocket (WS-4).
+func TestBoundedVisitors(t *testing.T) {
+	answers, asked := make(chan struct{}), make(chan struct{}, 1)
+	site := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked <- struct{}{}
+		<-answers
+	}))
+	defer site.Close()
+	defer close(answers)
+	p := newPair(t, "ws", map[string]any{"backend": site.URL})
+	s := p.listener.(*server)
+	for range maxVisitors - 1 {
+		s.visitors <- struct{}{}
+	}
+	last := p.dialRaw(t)
+	mustWrite(t, last, "POST / HTTP/1.1\r\nHost: example.com\r\nContent-Length: 1000\r\n\r\n") // and no body
+	<-asked
+	if len(s.visitors) != maxVisitors || len(s.opening) > 1 { // Accept waits with one of them
+		t.Errorf("%d places of visitors are taken and %d of openings", len(s.visitors), len(s.opening))
+	}
+	more := p.dialRaw(t)
+	mustWrite(t, more, "GET / HTTP/1.1\r\nHost: example.com\r\n\r\n")
+	if text, err := io.ReadAll(more); err != nil || !strings.HasPrefix(string(text), "HTTP/1.1 503 ") {
+		t.Errorf("one visitor too many reads %q, %v", text, err)
+	}
+	a, b := p.connect(t)
+	a.Close()
+	b.Close()
+	last.Close()
+	for range maxVisitors - 1 {
+		<-s.visitors
 	}
 }
 
