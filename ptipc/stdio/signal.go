@@ -58,7 +58,11 @@ func ParseSignal(text []byte) (ptipc.Message, error) {
 	if len(text) > MaxSignal {
 		return ptipc.Message{}, fmt.Errorf("the message has %d bytes, at most %d are carried (SIG-4)", len(text), MaxSignal)
 	}
-	var m ptipc.Message
+	m, ok := scanSignal(text)
+	if ok {
+		return m, nil
+	}
+	m = ptipc.Message{}
 	err := ptipc.Opaque(text).Decode(&m)
 	if err == nil {
 		return m, nil
