@@ -42,12 +42,24 @@ func scanSignal(text []byte) (m ptipc.Message, ok bool) {
 	return m, whole && s.i == len(text) && m.Body != nil
 }
 
+// scanObject reports whether text is one JSON object in UTF-8 as scanSignal takes them, and
+// whether there is no space between its parts.
+func scanObject(text []byte) (ok, compact bool) {
+	s := scanner{b: text}
+	s.space()
+	ok = utf8.Valid(text) && s.next() == '{' && s.value(1)
+	s.space()
+	return ok && s.i == len(text), !s.spaced
+}
+
 // A scanner goes through JSON in which no key occurs twice. Its methods take what begins
 // at i, with space before it but for text and word, and report whether it is there.
 type scanner struct {
 	b    []byte
 	i    int
 	keys [][]byte // those of all objects that i is in
+
+	spaced bool // there was space
 }
 
 // next is the byte at i, 0 at the end.
@@ -63,6 +75,7 @@ func (s *scanner) space() {
 		switch s.next() {
 		case ' ', '\t', '\n', '\r':
 			s.i++
+			s.spaced = true
 		default:
 			return
 		}

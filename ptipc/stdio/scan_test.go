@@ -41,6 +41,22 @@ func FuzzScanSignal(f *testing.F) {
 		case !ok && err == nil && !bytes.Contains(text, []byte{'\\'}):
 			t.Fatalf("%q was not taken", text)
 		}
+		if err != nil {
+			return
+		}
+		// What is written is what the encoder of a whole message writes.
+		var plain bytes.Buffer
+		encoder := json.NewEncoder(&plain)
+		encoder.SetEscapeHTML(false)
+		if err := encoder.Encode(want); err != nil {
+			t.Fatal(err)
+		}
+		written, err := AppendSignal(nil, want)
+		if fits := plain.Len()-1 <= MaxSignal; fits != (err == nil) {
+			t.Fatalf("%q is refused: %v", text, err)
+		} else if fits && string(written)+"\n" != plain.String() {
+			t.Fatalf("%q is written as %q, want %q", text, written, plain.String())
+		}
 	})
 }
 
