@@ -810,8 +810,11 @@ var otherProbes = []probe{
 		t.stop(h)
 		t.nobodyLeft("after the host's end")
 	}},
-	{name: "SIG-1/garbage", level: must, in: Seed, child: script{ready: func(k *kid) {
+	{name: "SIG-1/garbage", level: must, in: Seed, child: script{announce: func(k *kid) {
+		k.hello()
+		k.method(k.addr)
 		k.say("CMESSAGE", "CMESSAGE {", "CMESSAGE []", `CMESSAGE {"body":7}`, `SMESSAGE {"body":{}}`, `CMESSAGE {"body":{"x":"`+strings.Repeat("x", 40<<10)+`"}}`)
+		k.say("CMETHODS DONE")
 	}}, check: withTraffic},
 	{name: "SIG-4/flood", level: must, heavy: true, in: Seed, child: script{ready: func(k *kid) {
 		k.awaitGo()
