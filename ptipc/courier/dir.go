@@ -19,6 +19,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/stdio"
 )
 
@@ -63,6 +64,7 @@ type Dir struct {
 	log     *slog.Logger
 	limits  dirLimits
 	in      *inbox
+	dropped *tally.Warning
 	running sync.WaitGroup
 
 	mu   sync.Mutex // held to write
@@ -77,7 +79,7 @@ var _ ptipc.Signals = (*Dir)(nil)
 //
 //   - out has the outgoing messages, a file NAME.json each, never seen half written;
 //     in the order of their names they are in that of sending. Somebody takes them
-//     away. Of more than 1,000 the oldest is dropped and logged (SIG-4).
+//     away. Of more than 1,000 the oldest is dropped (SIG-4), and the log says so.
 //   - in is where somebody puts incoming messages, as regular files whose names end in
 //     .json and do not begin with a dot. They wait there until the transport receives
 //     them, those that came together in the order of their names. On the server's side a
@@ -98,6 +100,7 @@ func openDir(path string, o Options, limits dirLimits) (*Dir, error) {
 		return nil, fmt.Errorf("the directory for messages: %w", err)
 	}
 	d := &Dir{path: path, options: o, log: o.logger(), limits: limits, in: newInbox(0)}
+	d.dropped = tally.New(d.log, "dropped the oldest outgoing messages: nobody takes them away")
 	root, err := d.open()
 	if err != nil {
 		return nil, err
@@ -244,7 +247,7 @@ func (d *Dir) prune(root *os.Root, dir string) {
 		}
 	}
 	if dir == outDir && len(dropped) > 0 {
-		d.log.Warn("dropped the oldest outgoing messages: nobody takes them away", "messages", len(dropped), "kept", maxFiles)
+		d.dropped.Add(len(dropped), "kept", maxFiles)
 	}
 }
 
@@ -258,6 +261,7 @@ func (d *Dir) Close() error {
 	d.in.close()
 	d.mu.Unlock()
 	d.running.Wait()
+	d.dropped.Close()
 	return nil
 }
 

@@ -208,7 +208,7 @@ func TestDirBounds(t *testing.T) {
 	if len(names) != maxFiles+len(kept) || slices.Contains(names, old(0)) || slices.Contains(names, old(1)) || !slices.Contains(names, old(2)) {
 		t.Errorf("%d files, the first %q", len(names), names[:5])
 	}
-	logged.await(t, "WARN", "dropped", "messages=2")
+	logged.await(t, "WARN", "dropped", "count=2")
 }
 
 // A file that is written in place is taken when it is complete.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 )
 
 // maxQueue is how many messages a Queue keeps in each direction: what people can
@@ -19,6 +20,7 @@ const maxQueue = 100
 type Queue struct {
 	options Options
 	in      *inbox
+	dropped *tally.Warning
 
 	mu      sync.Mutex
 	lastID  uint64
@@ -35,10 +37,13 @@ type Pending struct {
 }
 
 // NewQueue returns an empty queue.
-func NewQueue(o Options) *Queue { return &Queue{options: o, in: newInbox(maxQueue)} }
+func NewQueue(o Options) *Queue {
+	return &Queue{options: o, in: newInbox(maxQueue), dropped: tally.New(o.logger(), "dropped the oldest outgoing messages")}
+}
 
 // Send keeps a message for [Queue.Pending]. Of more than 100 the oldest is dropped
-// and logged (SIG-4).
+// (SIG-4). The log says at once that it begins, and then at most every 10 seconds how
+// many they were.
 func (q *Queue) Send(ctx context.Context, m ptipc.Message) error {
 	m, _, err := q.options.admit(m)
 	if err != nil {
@@ -52,7 +57,7 @@ func (q *Queue) Send(ctx context.Context, m ptipc.Message) error {
 	q.lastID++
 	q.pending = append(q.pending, Pending{ID: q.lastID, Time: time.Now(), Message: m})
 	if len(q.pending) > maxQueue {
-		q.options.logger().Warn("dropped the oldest outgoing message", "id", q.pending[0].ID, "kept", maxQueue)
+		q.dropped.Add(1, "last", q.pending[0].ID, "kept", maxQueue)
 		q.pending = slices.Delete(q.pending, 0, 1)
 	}
 	return nil
@@ -90,5 +95,6 @@ func (q *Queue) Add(m ptipc.Message) error {
 // Close ends Receive and all later calls with an error that wraps [net.ErrClosed].
 func (q *Queue) Close() error {
 	q.in.close()
+	q.dropped.Close()
 	return nil
 }

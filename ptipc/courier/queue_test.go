@@ -8,8 +8,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/stdio"
 )
 
@@ -49,8 +52,8 @@ func TestQueueBounds(t *testing.T) {
 	if len(pending) != maxQueue || pending[0].ID != 6 || string(pending[maxQueue-1].Message.Body) != fmt.Sprintf(`{"n":%d}`, maxQueue+4) {
 		t.Errorf("%d messages from %d", len(pending), pending[0].ID)
 	}
-	if n := logged.count("dropped"); n != 5 {
-		t.Errorf("%d losses were logged, want 5", n)
+	if n := logged.count("dropped"); n != 1 {
+		t.Errorf("%d lines about losses were logged, want that about the first", n)
 	}
 	for i := range maxQueue {
 		if err := q.Add(message(i)); err != nil {
@@ -75,6 +78,29 @@ func TestQueueBounds(t *testing.T) {
 	if err := q.Add(ptipc.Message{Body: ptipc.Opaque(`[]`)}); err == nil {
 		t.Error("a body that is a list was taken")
 	}
+}
+
+// A flood is in the log as one line for each interval, which says how much was lost.
+func TestQueueLogsFloods(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		logged, log := newRecords()
+		q := NewQueue(Options{Log: log})
+		for i := range maxQueue + 1000 {
+			send(t, q, message(i))
+		}
+		logged.await(t, "WARN", "dropped", "count=1", "last=1")
+		if n := logged.count(""); n != 0 {
+			t.Errorf("%d more lines at once", n)
+		}
+		time.Sleep(tally.Interval)
+		synctest.Wait()
+		logged.await(t, "WARN", "dropped", "count=999", "last=1000")
+		send(t, q, message(0))
+		if err := q.Close(); err != nil {
+			t.Fatal(err)
+		}
+		logged.await(t, "WARN", "dropped", "count=1", "last=1001")
+	})
 }
 
 // The end of a courier or of a context ends what waits, and what comes later.
@@ -141,4 +167,31 @@ func TestEnds(t *testing.T) {
 type courier interface {
 	ptipc.Signals
 	Close() error
+}
+
+// What keeping a signal costs beside reading it: both happen to each of a flood.
+func BenchmarkQueueSend(b *testing.B) {
+	m := ptipc.Message{Body: ptipc.Opaque(`{"sdp":"` + strings.Repeat("x", 16<<10) + `"}`)}
+	text, err := stdio.AppendSignal(nil, m)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("Send", func(b *testing.B) {
+		q := NewQueue(Options{})
+		defer q.Close()
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			if err := q.Send(b.Context(), m); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("ParseSignal", func(b *testing.B) {
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			if _, err := stdio.ParseSignal(text); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/proc"
 	"pthost/ptipc/stdio"
@@ -54,6 +55,7 @@ type child struct {
 	session *Session
 	proc    *proc.Process
 	signals chan<- ptipc.Message // to be carried; nil if nobody does
+	dropped *tally.Warning       // of these
 	dir     *localnet.Dir
 	ends    *localnet.Ends // nil if the child was not given any
 	hands   bool           // it may be handed sockets
@@ -98,7 +100,7 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	c := &child{
-		role: s.role, session: session, signals: s.signals, dir: s.dir, ends: ends, env: s.env, log: s.log, trace: s.command.Trace,
+		role: s.role, session: session, signals: s.signals, dropped: s.dropped, dir: s.dir, ends: ends, env: s.env, log: s.log, trace: s.command.Trace,
 		methods: map[string]method{}, settled: make(chan struct{}), asked: map[uint64]chan stdio.StatsReply{},
 	}
 	sandbox := s.sandbox()

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/stdio"
 )
 
@@ -17,12 +18,14 @@ const maxSignals = 64
 // that has died goes to the next.
 func (s *supervisor) carrySignals() {
 	s.carrying.Go(func() {
+		failed := tally.New(s.log, "signals of the child could not be carried")
+		defer failed.Close()
 		for {
 			select {
 			case m := <-s.signals:
 				// Whoever carries it may take long, and must not hold the child's output up (SIG-3).
 				if err := s.env.Signals.Send(s.stopping, m); err != nil && s.stopping.Err() == nil {
-					s.log.Warn("a signal could not be carried", "err", err)
+					failed.Add(1, "err", err)
 				}
 			case <-s.stopping.Done():
 				return
@@ -30,6 +33,8 @@ func (s *supervisor) carrySignals() {
 		}
 	})
 	s.carrying.Go(func() {
+		failed := tally.New(s.log, "signals were not handed to the child")
+		defer failed.Close()
 		for s.stopping.Err() == nil {
 			m, err := s.env.Signals.Receive(s.stopping)
 			if err != nil {
@@ -39,7 +44,7 @@ func (s *supervisor) carrySignals() {
 				return
 			}
 			if err := s.signal(s.stopping, m); err != nil && s.stopping.Err() == nil {
-				s.log.Warn("a signal was not handed to the child", "err", err)
+				failed.Add(1, "err", err)
 			}
 		}
 	})
@@ -76,6 +81,6 @@ func (c *child) signalled(m ptipc.Message) {
 	select {
 	case c.signals <- m:
 	default:
-		c.say(slog.LevelWarn, "a signal of the child was dropped: those before it were not carried yet")
+		c.dropped.Add(1)
 	}
 }

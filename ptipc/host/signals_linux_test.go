@@ -3,11 +3,16 @@ package host
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"pthost/ptipc"
 	author "pthost/ptipc/child"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/relay"
 )
 
@@ -125,6 +130,27 @@ func TestSignals(t *testing.T) {
 		t.Fatalf("%q %v", got, err)
 	}
 	talk(t, conn, "word")
+}
+
+// The log says once in a while how many signals of a flood were dropped, and the child's
+// own lines have their place in it all the same.
+func TestDroppedSignalsAreLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		logger := slog.New(slog.NewTextHandler(&log, nil))
+		c := &child{log: logger, signals: make(chan ptipc.Message, maxSignals), dropped: tally.New(logger, "dropped"), role: roleClient, session: &Session{own: true}}
+		for range maxSignals + 1000 {
+			c.line([]byte(`CMESSAGE {"body":{}}`), false)
+		}
+		c.line([]byte(`LOG SEVERITY=notice MESSAGE="still heard"`), false)
+		time.Sleep(tally.Interval)
+		synctest.Wait()
+		c.dropped.Close()
+		if got := log.String(); strings.Count(got, "\n") != 3 || !strings.Contains(got, "msg=dropped count=1\n") ||
+			!strings.Contains(got, "msg=dropped count=999\n") || !strings.Contains(got, "still heard") {
+			t.Errorf("the log has\n%s", got)
+		}
+	})
 }
 
 // A child that floods signals, when nobody carries them or somebody is slow, is not

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/relay"
 	"pthost/socks"
@@ -38,6 +39,7 @@ type supervisor struct {
 	out      *socks.Server
 	meter    relay.Meter
 	signals  chan ptipc.Message // of the child, to be carried; nil if nobody does
+	dropped  *tally.Warning     // those that nobody carried in time
 	carrying sync.WaitGroup
 
 	stop     context.CancelFunc // asks supervise to end
@@ -62,6 +64,7 @@ func newSupervisor(c *Command, role string, config ptipc.Opaque, env ptipc.Env) 
 		changed: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.dropped = tally.New(s.log, "signals of the child were dropped: those before them were not carried yet")
 	if env.Signals != nil && c.Dialect == nil {
 		s.signals = make(chan ptipc.Message, maxSignals)
 	}
@@ -151,6 +154,7 @@ func (s *supervisor) serveProxy() error {
 func (s *supervisor) release() {
 	s.stop()
 	s.carrying.Wait()
+	s.dropped.Close()
 	if s.out != nil {
 		cut, cancel := context.WithCancel(context.Background())
 		cancel()

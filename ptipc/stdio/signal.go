@@ -33,13 +33,27 @@ func AppendSignal(dst []byte, m ptipc.Message) ([]byte, error) {
 	if !utf8.ValidString(m.Peer) {
 		return dst, errors.New(`the "peer" of the message is not UTF-8 (SIG-1)`)
 	}
-	if m.Body != nil && !isObject(m.Body) {
-		return dst, errors.New(`the "body" of the message is not one JSON object in UTF-8 (SIG-1)`)
+	compact := false
+	if m.Body != nil {
+		var ok bool
+		if ok, compact = scanObject(m.Body); !ok && !isObject(m.Body) {
+			return dst, errors.New(`the "body" of the message is not one JSON object in UTF-8 (SIG-1)`)
+		}
 	}
 	var b bytes.Buffer
 	encoder := json.NewEncoder(&b)
 	encoder.SetEscapeHTML(false) // would make a message of the greatest size too long
-	if err := encoder.Encode(m); err != nil {
+	err := encoder.Encode(ptipc.Message{Peer: m.Peer})
+	if err == nil && m.Body != nil { // in place of the {} that is there
+		b.Truncate(b.Len() - len("{}}\n"))
+		if compact {
+			b.Write(m.Body)
+		} else {
+			err = json.Compact(&b, m.Body)
+		}
+		b.WriteString("}\n")
+	}
+	if err != nil {
 		return dst, fmt.Errorf("the message cannot be written: %w", err)
 	}
 	text := bytes.TrimSuffix(b.Bytes(), []byte("\n"))
@@ -58,7 +72,11 @@ func ParseSignal(text []byte) (ptipc.Message, error) {
 	if len(text) > MaxSignal {
 		return ptipc.Message{}, fmt.Errorf("the message has %d bytes, at most %d are carried (SIG-4)", len(text), MaxSignal)
 	}
-	var m ptipc.Message
+	m, ok := scanSignal(text)
+	if ok {
+		return m, nil
+	}
+	m = ptipc.Message{}
 	err := ptipc.Opaque(text).Decode(&m)
 	if err == nil {
 		return m, nil

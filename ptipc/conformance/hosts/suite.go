@@ -262,12 +262,14 @@ func (s *suite) judge(ctx context.Context, number int, p *probe) conformance.Res
 		t.result.Verdict, t.result.Why = conformance.NotRun, "the run was ended: "+err.Error()
 		return t.result
 	}
+	timeout := caseTimeout
 	if p.heavy {
 		s.heavy.Lock()
 		defer s.heavy.Unlock()
+		timeout += floodTimeout
 	}
 	var cancel context.CancelFunc
-	t.ctx, cancel = context.WithTimeout(ctx, caseTimeout)
+	t.ctx, cancel = context.WithTimeout(ctx, timeout)
 	defer cancel()
 	began := time.Now()
 	ended := make(chan struct{})

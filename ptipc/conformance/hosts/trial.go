@@ -168,8 +168,12 @@ func (t *trial) write(ip string) {
 	if t.probe.child.wrapped {
 		command = strings.TrimPrefix(command, "exec ") + "exit $?\n"
 	}
-	//nolint:gosec // the host has to execute it
-	t.need(os.WriteFile(exe, []byte("#!/bin/sh\n"+command), 0o700))
+	// Another case that starts its host just now must not inherit the open file, which
+	// nobody could execute then.
+	syscall.ForkLock.RLock()
+	err = os.WriteFile(exe, []byte("#!/bin/sh\n"+command), 0o700) //nolint:gosec // the host has to execute it
+	syscall.ForkLock.RUnlock()
+	t.need(err)
 
 	transport := object{
 		"exec": exe, "config": object{"secret": secret},
