@@ -125,6 +125,7 @@ func run(ctx context.Context, args []string, dir string, stdin io.Reader, stdout
 		return err
 	}
 	l := newLink(dir, launch.Host, stdout)
+	defer l.dropped.Close()
 	if role == roleGenerate {
 		return l.generate(ctx, t.Server, launch.Config, stdout)
 	}

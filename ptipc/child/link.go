@@ -12,6 +12,7 @@ import (
 	"runtime"
 
 	"pthost/ptipc"
+	"pthost/ptipc/internal/tally"
 	"pthost/ptipc/localnet"
 	"pthost/ptipc/stdio"
 	"pthost/socks"
@@ -24,6 +25,8 @@ type link struct {
 	out  *stdio.Writer
 	in   chan ptipc.Message // signals that have come (SIG-1)
 	ends *localnet.Ends     // where the ends of streams are marked (SOCKS-20); nil if nowhere
+
+	dropped *tally.Warning // signals
 }
 
 // maxSignals bounds the signals that wait for a transport that does not receive
@@ -32,6 +35,7 @@ const maxSignals = 64
 
 func newLink(dir string, host stdio.Host, stdout io.Writer) *link {
 	l := &link{dir: dir, host: host, out: stdio.NewWriter(stdout), in: make(chan ptipc.Message, maxSignals)}
+	l.dropped = tally.New(l.logger(), "signals were dropped: the transport does not receive them")
 	if host.Ends != 0 {
 		ends, err := localnet.InheritEnds(host.Ends)
 		if err != nil {
@@ -90,7 +94,7 @@ func (l *link) deliver(m ptipc.Message) {
 		}
 		select {
 		case <-l.in:
-			l.logger().Warn("a signal was dropped: the transport does not receive them")
+			l.dropped.Add(1)
 		default:
 		}
 	}

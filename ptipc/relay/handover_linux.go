@@ -43,7 +43,7 @@ func (l *loop) handOver(p *pair) {
 		p.hand, to.hands = relaying, false
 		return
 	}
-	counts := &tally{fd: app.fd}
+	counts := &ledger{fd: app.fd}
 	counts.start(&counts.received) // before the peer reads
 	err := unix.Sendmsg(to.fd, []byte{0}, unix.UnixRights(app.fd), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	switch {
@@ -56,7 +56,7 @@ func (l *loop) handOver(p *pair) {
 	}
 	p.hand = handed
 	f.readable, f.ending = false, false
-	p.tally = counts
+	p.ledger = counts
 	app.count(counts.totals)
 	to.count(func() (received, sent uint64) { sent, received = counts.totals(); return received, sent })
 	app.silent = true // its events are the peer's now
@@ -66,7 +66,7 @@ func (l *loop) handOver(p *pair) {
 // letGo is called when the last byte that the peer has sent through here has been
 // written: the peer, which waits for that, may go on (SOCKS-24).
 func (l *loop) letGo(p *pair) {
-	p.tally.start(&p.tally.sent)
+	p.ledger.start(&p.ledger.sent)
 	to := &p.legs[1-p.app]
 	_, err := retry(func() (int, error) { return unix.Write(to.fd, []byte{0}) })
 	if err != nil && !to.end.Marked() {
@@ -105,8 +105,8 @@ func disconnect(fd int) {
 	_, _, _ = unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspecified)), unix.SizeofSockaddrInet4)
 }
 
-// A tally counts what goes over a socket in another process, as the kernel knows it.
-type tally struct {
+// A ledger counts what goes over a socket in another process, as the kernel knows it.
+type ledger struct {
 	mu             sync.Mutex
 	fd             int
 	received, sent base
@@ -120,7 +120,7 @@ type base struct {
 }
 
 // start begins to count one direction.
-func (t *tally) start(b *base) {
+func (t *ledger) start(b *base) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	received, sent := socketCounts(t.fd, true)
@@ -131,14 +131,14 @@ func (t *tally) start(b *base) {
 }
 
 // stop keeps the last counts: the descriptor is to be closed.
-func (t *tally) stop() {
+func (t *ledger) stop() {
 	received, sent := t.totals()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.fd, t.final = -1, [2]uint64{received, sent}
 }
 
-func (t *tally) totals() (received, sent uint64) {
+func (t *ledger) totals() (received, sent uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.fd < 0 {

@@ -471,8 +471,8 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 // finish lets go of a pair, and stops the loop if it was the last. Its Join closes
 // the sockets: closing one may block, if somebody has asked it to linger.
 func (l *loop) finish(p *pair) (last bool) {
-	if p.tally != nil {
-		p.tally.stop()
+	if p.ledger != nil {
+		p.ledger.stop()
 	}
 	if p.hand == handed {
 		l.unwatch(p)

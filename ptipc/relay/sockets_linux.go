@@ -73,10 +73,10 @@ type pair struct {
 	failed error   // why both sides were aborted
 	done   chan struct{}
 
-	moved int // bytes, up to handAfter
-	hand  handing
-	app   int    // the leg whose socket is handed over
-	tally *tally // of that socket, once it is
+	moved  int // bytes, up to handAfter
+	hand   handing
+	app    int     // the leg whose socket is handed over
+	ledger *ledger // of that socket, once it is
 }
 
 // cutWith sets what a Conn of the pair calls when it is closed, to end the relay
