@@ -159,7 +159,7 @@ var (
 	}{
 		{regexp.MustCompile(`127\.0\.0\.1:[0-9]{2,}`), "127.0.0.1:…"},
 		{regexp.MustCompile(` after [0-9.]+m?s\b`), ""},
-		{regexp.MustCompile(`/\S*/`), ""},
+		{regexp.MustCompile(` /\S*/`), " "},
 		{regexp.MustCompile(`\b[0-9]+, before [0-9]+`), "many more"},
 	}
 	verdictLine = regexp.MustCompile(`(?m)^(?:in the role|held|fell short|could not run) .*$`)
