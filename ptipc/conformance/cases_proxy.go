@@ -132,7 +132,7 @@ func (t *trial) refusesProxy(c *child) {
 	} else {
 		t.exit(c, "for a proxy that does not work", 69)
 	}
-	if len(c.with("PROXY-ERROR")) == 0 {
+	if len(t.saidWith(c, "PROXY-ERROR")) == 0 {
 		t.fell("a PROXY-ERROR line", "none")
 	}
 }

@@ -36,6 +36,9 @@ type wire struct {
 
 // dial connects to the child.
 func (t *trial) dial(c *child) *wire {
+	if m := t.method(c); t.suite.managed() && m.protocol != "socks5" {
+		t.cannot("the child announces the protocol %s, and the suite speaks socks5 alone", m.protocol)
+	}
 	if addr, err := localnet.ParseAddr(t.method(c).addr); err == nil && addr.Unix() && c.ends != nil {
 		return t.dialMarked(c, addr)
 	}

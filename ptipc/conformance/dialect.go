@@ -143,9 +143,11 @@ func (s *suite) orderFor(l launch, state string) (order, error) {
 		if err != nil {
 			return nil, err
 		}
-		options, err := settingsArgs(own.Options)
-		if err != nil {
-			return nil, err
+		var options ptwire.Args
+		if s.subject.Dialect == PT1 { // those of PT 2 are one object for all
+			if options, err = settingsArgs(own.Options); err != nil {
+				return nil, err
+			}
 		}
 		e.Servers = append(e.Servers, ptwire.Server{Name: name, Bind: bind, Options: options})
 		e.Port = noORPort
@@ -399,7 +401,7 @@ func (t *trial) clientOf(server *child) string {
 func announcedArgs(args string) map[string][]string {
 	all := map[string][]string{}
 	var key, part strings.Builder
-	var into *strings.Builder = &key
+	into := &key
 	end := func() {
 		if key.Len() > 0 {
 			all[key.String()] = append(all[key.String()], part.String())
@@ -437,7 +439,15 @@ func (s *suite) managedServer() (string, error) {
 	if err := json.Unmarshal(s.subject.Generate, &pair); err != nil {
 		return "", err
 	}
-	text, err := json.Marshal(map[string]any{"transports": map[string]any{pair.Transport: managedListener{pair.Listen, pair.Options}}})
+	config := map[string]any{}
+	listener := managedListener{Listen: pair.Listen}
+	if s.subject.Dialect == PT2 {
+		config["options"] = pair.Options
+	} else {
+		listener.Options = pair.Options
+	}
+	config["transports"] = map[string]any{pair.Transport: listener}
+	text, err := json.Marshal(config)
 	return string(text), err
 }
 

@@ -171,7 +171,8 @@ func managedMain(fault string, two bool, args []string) {
 		case <-ended:
 			stopped = true
 		case s := <-terms:
-			stopped = !(s == syscall.SIGTERM && f.is("ignores SIGTERM")) && !(s == os.Interrupt && f.is("pt: ignores SIGINT"))
+			ignored := s == syscall.SIGTERM && f.is("ignores SIGTERM") || s == os.Interrupt && f.is("pt: ignores SIGINT")
+			stopped = !ignored
 		}
 	}
 	f.managedEnd()
