@@ -404,7 +404,11 @@ var socksCases = []Case{
 			round()
 		}
 		var after int
-		if !t.until(func() bool { after = descriptors(c.proc.Pid()); return after <= before+rounds/4 }) {
+		back := false
+		for range 3 { // some transports have things of their own to end first
+			back = back || t.until(func() bool { after = descriptors(c.proc.Pid()); return after <= before+rounds/4 })
+		}
+		if !back {
 			t.fell(fmt.Sprintf("as many descriptors as before %d connections", 4*rounds), "%d, before %d", after, before)
 		}
 	}),

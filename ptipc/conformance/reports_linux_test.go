@@ -1,7 +1,6 @@
 package conformance_test
 
 import (
-	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -88,19 +87,7 @@ func TestReports(t *testing.T) {
 		t.Run(of.file, func(t *testing.T) {
 			t.Parallel()
 			subjects := of.subjects(t)
-			results := make([]conformance.Report, len(subjects))
-			errs := make([]error, len(subjects))
-			var runs sync.WaitGroup
-			for i, s := range subjects {
-				s.Dialect = conformance.PT1
-				runs.Go(func() {
-					results[i], errs[i] = conformance.Run(context.WithoutCancel(t.Context()), s, conformance.Options{Slow: true, Strict: of.strict, Patience: reportPatience})
-				})
-			}
-			runs.Wait()
-			if err := errors.Join(errs...); err != nil {
-				t.Fatal(err)
-			}
+			results := judgeAll(t, subjects, of.strict)
 			path := filepath.Join("../../spec/reports", of.file)
 			text, err := os.ReadFile(path)
 			if err != nil {
@@ -148,6 +135,49 @@ func TestReports(t *testing.T) {
 	}
 }
 
+// judgeAll runs all cases on each subject, some of them side by side, since those that
+// fall short wait for all patience. The results are in the order of the cases.
+func judgeAll(t *testing.T, subjects []conformance.Subject, strict bool) []conformance.Report {
+	t.Helper()
+	const side = 4
+	parts := make([][side]conformance.Report, len(subjects))
+	errs := make([][side]error, len(subjects))
+	var runs sync.WaitGroup
+	for i, s := range subjects {
+		s.Dialect = conformance.PT1
+		var names [side][]string
+		for n, name := range caseNames(s.Dialect, s.Role) {
+			if strings.HasPrefix(name, "LINE-") || strings.HasPrefix(name, "SOCKS-8/") {
+				n = 0 // what failures write is looked at in the end
+			}
+			names[n%side] = append(names[n%side], name)
+		}
+		for j := range side {
+			runs.Go(func() {
+				parts[i][j], errs[i][j] = conformance.Run(t.Context(), s, conformance.Options{Slow: true, Strict: strict, Patience: reportPatience, Pattern: exactly(names[j])})
+			})
+		}
+	}
+	runs.Wait()
+	results := make([]conformance.Report, len(subjects))
+	for i := range subjects {
+		if err := errors.Join(errs[i][:]...); err != nil {
+			t.Fatal(err)
+		}
+		results[i].Strict = strict
+		all := map[string]conformance.Result{}
+		for _, part := range parts[i] {
+			for _, r := range part.Results {
+				all[r.Name] = r
+			}
+		}
+		for _, name := range caseNames(conformance.PT1, subjects[i].Role) {
+			results[i].Results = append(results[i].Results, all[name])
+		}
+	}
+	return results
+}
+
 const reportHeading = "## The report\n\n```\n"
 
 var (
@@ -187,13 +217,14 @@ func reportText(results []conformance.Report) string {
 }
 
 // verdicts are the cases with their verdicts, without what only root can see if this is
-// another user.
+// another user. Whether a program has happened to log anything makes no difference.
 func verdicts(text string) []string {
 	var all []string
 	for _, line := range verdictLine.FindAllString(text, -1) {
 		line, _, _ = strings.Cut(line, ": ")
 		fields := strings.Fields(line)
-		if os.Geteuid() != 0 && slices.Contains(ofRoot, fields[len(fields)-1]) {
+		name := fields[len(fields)-1]
+		if os.Geteuid() != 0 && slices.Contains(ofRoot, name) || fields[0] != "fell" && slices.Contains(withoutLogs, name) {
 			continue
 		}
 		all = append(all, strings.Join(fields, " "))
