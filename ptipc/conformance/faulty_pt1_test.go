@@ -188,7 +188,7 @@ func (f *faulty) managedEnd() {
 	}
 	if f.is("listens everywhere in the end") {
 		if l, err := net.Listen("tcp4", "0.0.0.0:0"); err == nil {
-			<-time.After(200 * time.Millisecond)
+			<-time.After(500 * time.Millisecond)
 			_ = l.Close()
 		}
 	}

@@ -167,7 +167,7 @@ var (
 	// With these no case can hold that connects.
 	managedAlone = []string{neverReady, "pt: goes elsewhere"}
 	// With these each case waits in the end, so that they are held against few.
-	managedStubborn = []string{"ignores the end of stdin", "ignores SIGTERM", "pt: does not end while it was used", "pt: lives on after an error"}
+	managedStubborn = []string{"ignores the end of stdin", "ignores SIGTERM", "pt: does not end while it was used", "pt: lives on after an error", "listens everywhere in the end"}
 	// These wait for limits of ten seconds.
 	managedSlowFaults = map[string][]fault{
 		conformance.Client: {
