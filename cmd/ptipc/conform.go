@@ -56,7 +56,7 @@ could not run and says why; some cases need Linux, and some of these root.
 EXE is a path, a name in PATH, or builtin:NAME, ARGS are its own arguments, in which
 files have whole paths, since it runs in a directory of its own. CONFIG is a JSON
 object, or @FILE. It stands on command lines that every user of this machine can read.
-What it says depends on the role:
+What it says depends on dialect and role. Of a child of this project's own protocol:
 
   client    a configuration that works. A free transport is led to an echo server
             on this machine; where a bound one leads to an echo server, say --echoes
@@ -65,12 +65,28 @@ What it says depends on the role:
   all       the same; each side is then started with what was generated, and
             reached through the other one. --generate is that for one role
 
+--dialect pt1 looks at one of Tor's managed transports, such as obfs4proxy, and pt2
+at one of PT 2.0 to 3.0: the suite is then what tor is to it. Cases are named by the
+clauses of spec/pt1.md, and a MUST is what the protocol's own documents demand. CONFIG
+is what "ptipc run" takes in this dialect:
+
+  client    {"transports":{NAME:{"host":…,"port":…,K:V,…}}}: the server, and the
+            arguments of a connection. With --free the transport connects to wherever
+            CONNECT says by itself, and the suite is there
+  server    {"transports":{NAME:{"listen":"ip:port","options":{…}}}}, for a server
+            whose wire is plain TCP
+  all       {"transport":NAME,"listen":"ip:port","options":{…}} for client and server:
+            the client is led through the server, with what that announces. --generate
+            is that for one of them
+
 The exit code is 0 when everything held that could run, 1 when something fell short,
 and 2 when nothing could run; 64 is a wrong command line, as everywhere.`,
 		Example: `  ptipc conform -- ./mytransport '{"server":"192.0.2.1:443"}'
   ptipc conform --plain -- python3 "$PWD/rawchild.py" '{}'
   ptipc conform --strict --role all -- builtin:websocket '{"listen":"127.0.0.1:0"}'
   ptipc conform --run '^SOCKS-(5|15)/' --format tap -- ./mytransport '{}'
+  ptipc conform --dialect pt1 --role all -- obfs4proxy '{"transport":"obfs4","listen":"127.0.0.1:0"}'
+  ptipc conform --dialect pt1 --free -- ./dummy-client '{"transports":{"dummy":{}}}'
   ptipc conform --list`,
 		Args: usageArgs(func(_ *cobra.Command, args []string) error {
 			if !f.list && len(args) < 2 {
@@ -88,7 +104,8 @@ and 2 when nothing could run; 64 is a wrong command line, as everywhere.`,
 	}
 	flags := cmd.Flags()
 	flags.SetInterspersed(false) // what follows EXE is EXE's
-	flags.StringVar(&f.role, "role", conformance.Client, "what is looked at: client, server, generate or all")
+	flags.StringVar(&f.subject.Dialect, "dialect", conformance.Seed, "what EXE speaks: seed (spec/ptipc.md), pt1 or pt2 (spec/pt1.md)")
+	flags.StringVar(&f.role, "role", conformance.Client, "what is looked at: client, server, generate (of the dialect seed) or all")
 	flags.StringVar(&f.run, "run", "", "run only the cases whose names match a regular expression")
 	flags.BoolVar(&f.strict, "strict", false, "a SHOULD counts as a MUST")
 	flags.StringVar(&f.format, "format", "text", "how results are written: text, tap, json or junit")
@@ -99,9 +116,10 @@ and 2 when nothing could run; 64 is a wrong command line, as everywhere.`,
 	flags.StringVar(&f.subject.Factory, "factory", "", "the connection factory; may be left out when there is one")
 	flags.StringVar(&f.settings, "settings", "", "the connection settings, a JSON object, or @FILE")
 	flags.StringVar(&f.subject.Dest, "dest", "", "an echo server, HOST:PORT, for a free transport that does not reach this machine's loopback")
+	flags.BoolVar(&f.subject.Free, "free", false, "a client of the dialects pt1 and pt2 connects to wherever it is told, without a server of its own")
 	flags.BoolVar(&f.subject.Echoes, "echoes", false, "a bound transport leads to an echo server")
 	flags.DurationVar(&f.patience, "patience", 5*time.Second, "how long is waited for each single thing")
-	for flag, values := range map[string][]string{"role": conformRoles(), "format": conformance.Formats()} {
+	for flag, values := range map[string][]string{"dialect": conformance.Dialects(), "role": conformRoles(), "format": conformance.Formats()} {
 		if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
 			panic(err) // the flag was defined above
 		}
@@ -113,6 +131,8 @@ and 2 when nothing could run; 64 is a wrong command line, as everywhere.`,
 func (f *conformFlags) roles() ([]string, error) {
 	all := conformRoles()
 	switch {
+	case f.role == everyRole && f.subject.Dialect != conformance.Seed:
+		return []string{conformance.Client, conformance.Server}, nil
 	case f.role == everyRole:
 		return all[:len(all)-1], nil
 	case slices.Contains(all, f.role):
@@ -154,7 +174,14 @@ func (f *conformFlags) complete(args []string) error {
 	if s.Path, err = os.Executable(); err != nil {
 		return fmt.Errorf("finding this executable, which runs the builtin transports: %w", err)
 	}
-	s.Args = append([]string{"transport", own}, s.Args...)
+	switch s.Dialect {
+	case conformance.Seed:
+		s.Args = append([]string{"transport", own}, s.Args...)
+	case conformance.PT1:
+		s.Args = append([]string{"pt1"}, s.Args...)
+	default:
+		return fmt.Errorf("%q cannot be asked in the dialect %s; the builtin transports speak %s and %s: %w", builtinPrefix+own, s.Dialect, conformance.Seed, conformance.PT1, ptipc.ExitUsage)
+	}
 	return nil
 }
 
@@ -232,7 +259,7 @@ func (f *conformFlags) showCases(cmd *cobra.Command) error {
 	}
 	table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
 	for _, role := range roles {
-		cases, err := conformance.CasesOf(role, conformance.Options{Pattern: f.run, Slow: !f.quick})
+		cases, err := conformance.CasesOf(f.subject.Dialect, role, conformance.Options{Pattern: f.run, Slow: !f.quick})
 		if errors.Is(err, conformance.ErrNoCase) {
 			continue
 		}

@@ -209,7 +209,11 @@ func (t *trial) working(l launch) (c *child, works func()) {
 	switch t.suite.subject.Role {
 	case Server:
 		s := t.serveWith(l)
-		return s.child, func() { s.open().exchange() }
+		return s.child, func() {
+			p := s.open()
+			p.exchange()
+			p.close()
+		}
 	case Generate:
 		c = t.start(l)
 		t.getsReady(c)
@@ -221,7 +225,7 @@ func (t *trial) working(l launch) (c *child, works func()) {
 		c = t.start(l)
 		t.getsReady(c)
 	}
-	return c, func() { t.open(c, t.dest(c)) }
+	return c, func() { t.open(c, t.dest(c)).close() }
 }
 
 func (t *trial) getsReady(c *child) {

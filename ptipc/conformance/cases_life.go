@@ -40,7 +40,7 @@ var stateCases = []Case{
 		c, works := t.working(launch{})
 		works()
 		if c.role == Client {
-			w, _ := t.ask(c, ":1") // whatever it says to that
+			w, _ := t.ask(c, t.wrongDest()) // whatever it says to that
 			w.close()
 		}
 		t.closeStdin(c)

@@ -186,7 +186,7 @@ func (t *trial) everything() []outLine {
 		c, works := t.working(launch{})
 		works()
 		if c.role == Client {
-			w, _ := t.ask(c, ":1") // whatever it says to that
+			w, _ := t.ask(c, t.wrongDest()) // whatever it says to that
 			w.close()
 		}
 		c.stop()

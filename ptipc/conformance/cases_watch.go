@@ -113,7 +113,7 @@ func (t *trial) aroundProxy() []packet {
 	t.need(err)
 	t.onEnd(proxy.close)
 	c := t.ready(launch{within: in, host: map[string]any{"proxy": "socks5://" + proxy.addr(), "listen": "unix"}})
-	dests := []string{anywhere}
+	dests := []string{t.dest(c)}
 	if !t.method(c).bound() {
 		dests = []string{grease() + ".invalid:443", "192.0.2.7:443", "[2001:db8::7]:443"}
 	}

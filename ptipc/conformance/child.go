@@ -43,11 +43,13 @@ type launch struct {
 	// ends hands the child memory in which the ends of streams are marked, and says so in
 	// HOST unless args are given.
 	ends bool
+	// tell changes what a managed transport is told.
+	tell func(order)
 }
 
 // usual reports whether nothing is different that could keep a child from getting ready.
 func (l launch) usual() bool {
-	return l.args == nil && l.config == "" && l.host == nil && l.files == 0 && l.input == 0 && l.role == "" && !l.silent && !l.ends
+	return l.args == nil && l.config == "" && l.host == nil && l.files == 0 && l.input == 0 && l.role == "" && !l.silent && !l.ends && l.tell == nil
 }
 
 // outLine is a line of standard output without its LF.
@@ -58,9 +60,12 @@ type outLine struct {
 
 // method is a CMETHOD or SMETHOD line, read with tolerance: LINE-4 to LINE-6 and SRV-1
 // have cases of their own.
-type method struct{ name, protocol, addr, args string }
+type method struct {
+	name, protocol, addr, args string
+	fixed                      bool // bound, as a managed transport cannot say
+}
 
-func (m method) bound() bool { return strings.Contains(","+m.args+",", ",bound=1,") }
+func (m method) bound() bool { return m.fixed || strings.Contains(","+m.args+",", ",bound=1,") }
 func (m method) stats() bool { return strings.Contains(","+m.args+",", ",stats=1,") }
 func (m method) ends() bool  { return strings.Contains(","+m.args+",", ",ends=1,") }
 
@@ -79,6 +84,7 @@ type child struct {
 	dir     *localnet.Dir
 	ends    *localnet.Ends // nil if it was given none
 	nextN   uint64         // of a STATS
+	fixed   bool           // its connection factories are bound, which it cannot say
 
 	mu     sync.Mutex
 	out    []outLine
@@ -112,6 +118,10 @@ func (t *trial) config() string {
 		return object(s.subject.Generate)
 	case len(s.subject.Generate) == 0:
 		return object(s.subject.Config)
+	case s.subject.Role == Server && s.managed():
+		text, err := s.managedServer()
+		t.need(err)
+		return text
 	case s.subject.Role == Server:
 		return t.pair().server
 	}
@@ -166,7 +176,7 @@ func (t *trial) start(l launch) *child {
 		l.first = t.suite.firstLine(l)
 	}
 	switch {
-	case l.args != nil:
+	case l.args != nil || t.suite.managed():
 	case l.input > 0:
 		l.args = []string{l.role, "-"}
 	default:
@@ -195,7 +205,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &child{base: base, within: l.within, role: l.role, started: make(chan struct{})}
+	c := &child{base: base, within: l.within, role: l.role, started: make(chan struct{}), fixed: s.managed() && !s.subject.Free}
 	state, home := filepath.Join(base, stateDir), filepath.Join(base, homeDir)
 	if err := errors.Join(os.Mkdir(state, 0o700), os.Mkdir(home, 0o700)); err != nil {
 		return nil, err
@@ -226,6 +236,21 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 			c.ends, files = ends, []*os.File{file}
 		}
 	}
+	dir := state
+	if s.managed() {
+		// What it keeps in its working directory is in the wrong place.
+		dir = home
+		o, err := s.orderFor(l, state)
+		if err == nil {
+			var more []string
+			more, l.args, err = s.told(o, l, base)
+			env = append(withoutOrders(env), more...)
+		}
+		if err != nil {
+			_ = c.dir.Close()
+			return nil, err
+		}
+	}
 	path, args := s.subject.Path, append(s.subject.Args[:len(s.subject.Args):len(s.subject.Args)], l.args...)
 	if l.files > 0 {
 		if runtime.GOOS == "windows" {
@@ -236,7 +261,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 		path = "/bin/sh"
 	}
 	c.proc, err = proc.Start(ctx, proc.Spec{
-		Path: path, Args: args, Dir: state, Env: env, Files: files,
+		Path: path, Args: args, Dir: dir, Env: env, Files: files,
 		OnLine: func(line []byte, truncated bool) {
 			c.mu.Lock()
 			if len(c.out) < maxKept {
@@ -348,7 +373,7 @@ func (c *child) methods() []method {
 	var methods []method
 	for _, line := range c.lines() {
 		if m := form.FindStringSubmatch(line.text); m != nil && !line.cut {
-			methods = append(methods, method{m[1], m[2], m[3], m[4]})
+			methods = append(methods, method{m[1], m[2], m[3], m[4], c.fixed})
 		}
 	}
 	return methods
@@ -426,7 +451,10 @@ func (t *trial) child() *child {
 		s.dropShared()
 	}
 	if s.shared == nil {
-		l := launch{role: Client, args: s.words(Client, t.config(), nil)}
+		l := launch{role: Client, config: t.config()}
+		if !s.managed() {
+			l.args = s.words(Client, l.config, nil)
+		}
 		if s.far != nil {
 			l.post = s.far.post
 		}

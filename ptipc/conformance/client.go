@@ -36,6 +36,9 @@ type wire struct {
 
 // dial connects to the child.
 func (t *trial) dial(c *child) *wire {
+	if m := t.method(c); t.suite.managed() && m.protocol != "socks5" {
+		t.cannot("the child announces the protocol %s, and the suite speaks socks5 alone", m.protocol)
+	}
 	if addr, err := localnet.ParseAddr(t.method(c).addr); err == nil && addr.Unix() && c.ends != nil {
 		return t.dialMarked(c, addr)
 	}
@@ -242,12 +245,26 @@ func request(dest string) []byte { return append([]byte{5, 1, 0}, address(dest).
 // dest is where the cases connect to when they only want it to work.
 func (t *trial) dest(c *child) string {
 	switch {
+	case t.suite.managed():
+		return t.managedDest()
 	case t.method(c).bound():
 		return anywhere
 	case t.suite.subject.Dest != "":
 		return t.suite.subject.Dest
 	}
 	return t.suite.echo.addr()
+}
+
+// wrongDest is a destination to which no connection can be had. What is no destination
+// at all is no request to a managed transport.
+func (t *trial) wrongDest() string {
+	if !t.suite.managed() {
+		return ":1"
+	}
+	if _, dest := t.connectionSettings(); dest == "" && !t.suite.subject.Free {
+		return t.dest(nil)
+	}
+	return t.nobody()
 }
 
 // settings are those that a connection of the subject needs, as raw JSON.
@@ -274,11 +291,17 @@ func (t *trial) settle(c *child, h framing) *wire {
 	if len(h.bytes) > 0 {
 		w.send(h.bytes)
 	}
+	if h.method == password {
+		w.bytes([]byte{1, 0}, "01 00 in answer to username and password")
+	}
 	return w
 }
 
 // usual is how the subject's settings are sent when it does not matter.
 func (t *trial) usual() framing {
+	if t.suite.managed() {
+		return t.managedUsual()
+	}
 	if t.suite.subject.Settings.Empty() {
 		return framing{method: none}
 	}

@@ -23,7 +23,12 @@ type Subject struct {
 	Path string
 	// Args are the executable's own arguments, before the role.
 	Args []string
-	// Role is what is looked at: [Client], which is also "", [Server] or [Generate].
+	// Dialect is what the child speaks: [Seed], which is also "", [PT1] or [PT2]. In the
+	// latter two Config is the configuration that a host of ours takes in this dialect
+	// (adapters/pt1, adapters/pt2), and so is Generate.
+	Dialect string
+	// Role is what is looked at: [Client], which is also "", [Server] or, of the dialect
+	// Seed, [Generate].
 	Role string
 	// Generate are options with which the child, in the role generate, makes
 	// configurations for a server that listens on this machine's loopback and for its
@@ -41,6 +46,10 @@ type Subject struct {
 	Plain bool
 	// Factory is the name of the connection factory to use; "" is the only one.
 	Factory string
+	// Free says of a managed transport's client that it connects to wherever CONNECT says
+	// and that no server of the transport need be there, so that the suite can be there.
+	// In the dialect Seed the child says so itself.
+	Free bool
 	// Settings are those that a connection needs, nil if it needs none.
 	Settings ptipc.Opaque
 	// Dest is an echo server (RFC 862), host:port, for a free transport whose far end
@@ -126,9 +135,13 @@ func in(role string, cases []Case) []Case {
 	return cases
 }
 
-// Cases returns the cases of all roles in the order in which they are run. A case that
-// is asked in several roles is there once for each.
-func Cases() []Case {
+// Cases returns the cases of a dialect, in all roles and in the order in which they are
+// run. A case that is asked in several roles is there once for each.
+func Cases(dialect string) []Case {
+	switch dialect {
+	case PT1, PT2:
+		return managedCases(dialect)
+	}
 	anyChild := slices.Concat(commandLineCases, configCases)
 	staying := slices.Concat(anyChild, announcedCases, stateCases, watchedCases, anyProxyCases, anyLineCases)
 	return slices.Concat(
@@ -223,7 +236,7 @@ func (r Report) String() string {
 // cases that are left could not run.
 func Run(ctx context.Context, subject Subject, options Options) (Report, error) {
 	report := Report{Strict: options.Strict}
-	cases, err := CasesOf(subject.Role, options)
+	cases, err := CasesOf(subject.Dialect, subject.Role, options)
 	if err != nil {
 		return report, err
 	}
@@ -247,7 +260,7 @@ func Run(ctx context.Context, subject Subject, options Options) (Report, error) 
 // skipped.
 func Test(t *testing.T, subject Subject, options Options) {
 	t.Helper()
-	cases, err := CasesOf(subject.Role, options)
+	cases, err := CasesOf(subject.Dialect, subject.Role, options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,13 +286,21 @@ func Test(t *testing.T, subject Subject, options Options) {
 // ErrNoCase says that no case is named as Options.Pattern wants.
 var ErrNoCase = errors.New("no case matches")
 
-// CasesOf returns the cases that a run in a role would run, in their order. The error
-// is [ErrNoCase] when there are none, and otherwise about the role or the pattern.
-func CasesOf(role string, o Options) ([]Case, error) {
+// CasesOf returns the cases that a run in a dialect and a role would run, in their order.
+// The error is [ErrNoCase] when there are none, and otherwise about dialect, role or
+// pattern.
+func CasesOf(dialect, role string, o Options) ([]Case, error) {
+	if dialect != "" && !slices.Contains(Dialects(), dialect) {
+		return nil, fmt.Errorf("conformance: Subject.Dialect is %q; it is %s: %w", dialect, strings.Join(Dialects(), " or "), ptipc.ExitUsage)
+	}
 	switch role {
 	case "":
 		role = Client
-	case Client, Server, Generate:
+	case Client, Server:
+	case Generate:
+		if dialect != "" && dialect != Seed {
+			return nil, fmt.Errorf("conformance: managed transports have no role %s: it is client or server: %w", role, ptipc.ExitUsage)
+		}
 	default:
 		return nil, fmt.Errorf("conformance: Subject.Role is %q; it is client, server or generate: %w", role, ptipc.ExitUsage)
 	}
@@ -288,7 +309,7 @@ func CasesOf(role string, o Options) ([]Case, error) {
 		return nil, fmt.Errorf("conformance: the pattern %q: %w: %w", o.Pattern, err, ptipc.ExitUsage)
 	}
 	var cases []Case
-	for _, c := range Cases() {
+	for _, c := range Cases(dialect) {
 		if c.Role == role && pattern.MatchString(c.Name) && (o.Slow || !c.Slow) {
 			cases = append(cases, c)
 		}
@@ -324,6 +345,17 @@ func newSuite(subject Subject, options Options) (*suite, error) {
 			return nil, fmt.Errorf("conformance: Subject.Dest is %q; write host:port with a port number: %w", subject.Dest, ptipc.ExitUsage)
 		}
 	}
+	if subject.Role == "" {
+		subject.Role = Client
+	}
+	if subject.Dialect == "" {
+		subject.Dialect = Seed
+	}
+	if subject.Dialect != Seed {
+		if err := checkManaged(subject); err != nil {
+			return nil, err
+		}
+	}
 	if options.Patience == 0 {
 		options.Patience = defaultPatience
 	}
@@ -335,9 +367,6 @@ func newSuite(subject Subject, options Options) (*suite, error) {
 	if err != nil {
 		os.RemoveAll(base)
 		return nil, fmt.Errorf("conformance: an echo server: %w", err)
-	}
-	if subject.Role == "" {
-		subject.Role = Client
 	}
 	return &suite{subject: subject, patience: options.Patience, base: base, echo: echo}, nil
 }

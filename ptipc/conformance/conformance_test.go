@@ -30,11 +30,16 @@ import (
 const (
 	asFaulty = "conformance-faulty-child"
 	asFree   = "conformance-free-child"
+	asPT1    = "conformance-managed-child"
+	asPT2    = "conformance-dispatcher-child"
 )
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == asFaulty {
 		faultyMain(os.Args[2], os.Args[3:])
+	}
+	if len(os.Args) > 2 && (os.Args[1] == asPT1 || os.Args[1] == asPT2) {
+		managedMain(os.Args[2], os.Args[1] == asPT2, os.Args[3:])
 	}
 	if len(os.Args) > 1 && os.Args[1] == asFree {
 		server := free.Server(*websocket.Server)
@@ -340,7 +345,7 @@ const neverReady = "never ready"
 // othersThan are the other cases of a role.
 func othersThan(role string, names []string) []string {
 	var others []string
-	for _, c := range conformance.Cases() {
+	for _, c := range conformance.Cases(conformance.Seed) {
 		if c.Role == role && !slices.Contains(names, c.Name) {
 			others = append(others, c.Name)
 		}
@@ -663,7 +668,7 @@ func TestFaultsSlow(t *testing.T) {
 		t.Skip("-short is set, and this waits for limits of ten seconds")
 	}
 	var names []string
-	for _, c := range conformance.Cases() {
+	for _, c := range conformance.Cases(conformance.Seed) {
 		if c.Slow && c.Role == conformance.Client {
 			names = append(names, c.Name)
 		}
@@ -705,7 +710,7 @@ func TestEveryCaseCanFallShort(t *testing.T) {
 		}
 	}
 	cases := map[string]bool{}
-	for _, c := range conformance.Cases() {
+	for _, c := range conformance.Cases(conformance.Seed) {
 		name := c.Role + " " + c.Name
 		if cases[name] {
 			t.Errorf("two cases have the name %s", name)

@@ -28,6 +28,15 @@
 // SHOULD are reported. A case that cannot run, because of the machine or because it
 // is about something that the child does not have, says why.
 //
+// Subject.Dialect says what the child speaks: the protocol of spec/ptipc.md, or one of
+// those for managed transports, PT 1.0 (such as obfs4proxy) and PT 2.0 to 3.0, to which the
+// suite is the parent that spec/pt1.md describes, section 5 above all:
+//
+//	report, err := conformance.Run(ctx, conformance.Subject{
+//		Path: "obfs4proxy", Dialect: conformance.PT1, Role: conformance.Server,
+//		Generate: ptipc.Opaque(`{"transport":"obfs4","listen":"127.0.0.1:0"}`),
+//	}, conformance.Options{})
+//
 // Subject.Role says what is looked at: the client, the server, or what is generated.
 // For a server the suite is the host to which connections are delivered (SRV-3), and
 // the courier of its signals. Some cases look at the child's sockets in

@@ -66,6 +66,15 @@ func agreeing(serve func(*net.TCPConn)) func(*net.TCPConn) {
 	}
 }
 
+// taking takes what servers of the subject's dialect bring: a managed transport's on a
+// plain ORPort (PT1-28).
+func (s *suite) taking(serve func(*net.TCPConn)) func(*net.TCPConn) {
+	if s.managed() {
+		return serve
+	}
+	return agreeing(serve)
+}
+
 func (f *farEnd) handler() func(*net.TCPConn) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -142,15 +151,15 @@ func (t *trial) destination(c *child) (addr string, accept func() *wire) {
 		}
 	}
 	if bound := t.method(c).bound(); bound && t.suite.far != nil {
-		addr = anywhere
+		addr = t.dest(c)
 		// What cases before have dialled may be on its way still.
 		ends := t.suite.far.ends
-		w := t.open(c, anywhere)
+		w := t.open(c, addr)
 		w.echo("the last one")
 		w.close()
 		t.until(func() bool { return ends.open() == 0 })
-		ends.handle(agreeing(hand))
-		t.onEnd(func() { close(ended); ends.handle(agreeing(echo)) })
+		ends.handle(t.suite.taking(hand))
+		t.onEnd(func() { close(ended); ends.handle(t.suite.taking(echo)) })
 	} else {
 		t.free(c)
 		if t.suite.subject.Dest != "" {

@@ -47,6 +47,8 @@ type faulty struct {
 
 	leaked []*os.File
 
+	managed *managedFaulty // what is more if it is a managed transport; nil if it is none
+
 	mu    sync.Mutex // guards standard output and what follows
 	conns map[string]*faultyCounts
 	total struct{ active, opened, failed, received, sent int }
@@ -526,7 +528,13 @@ func (f *faulty) accept() {
 			continue
 		}
 		if f.role == conformance.Server {
-			f.serving.Go(func() { f.handOver(conn.(*net.TCPConn)) })
+			f.serving.Go(func() {
+				if f.managed != nil {
+					f.bring(conn.(*net.TCPConn))
+					return
+				}
+				f.handOver(conn.(*net.TCPConn))
+			})
 			continue
 		}
 		if f.is("one handshake at a time") {
@@ -566,6 +574,11 @@ func (f *faulty) serve(conn net.Conn, relay func(func())) {
 		return
 	}
 	var wire net.Conn
+	early := code == 0 && f.is("pt: knows no failure")
+	if early {
+		_, _ = conn.Write(f.reply(conn, 0))
+		<-time.After(200 * time.Millisecond)
+	}
 	if code == 0 {
 		wire, code, r = f.dial(conn, r, dest)
 		if r == nil { // the client is gone
@@ -573,7 +586,9 @@ func (f *faulty) serve(conn net.Conn, relay func(func())) {
 			return
 		}
 	}
-	_, _ = conn.Write(f.reply(conn, code))
+	if !early {
+		_, _ = conn.Write(f.reply(conn, code))
+	}
 	_ = conn.SetDeadline(time.Time{})
 	if code != 0 {
 		_ = conn.(interface{ CloseWrite() error }).CloseWrite()
@@ -615,7 +630,11 @@ func (f *faulty) handshake(conn net.Conn, r *bufio.Reader) (dest string, code by
 	if method == 0xff {
 		return "", 0, false
 	}
-	if method != 0 {
+	if method == 2 {
+		if !f.login(conn, r) {
+			return "", 0, false
+		}
+	} else if method != 0 {
 		code = f.settings(r, method)
 		if code != 0 && f.is("waits for the request to refuse settings") {
 			_, _ = r.ReadByte()
@@ -645,7 +664,7 @@ func greeting(r *bufio.Reader) ([]byte, bool) {
 }
 
 func (f *faulty) choose(offered []byte) byte {
-	for _, method := range []byte{0x80, 0x09, 0} {
+	for _, method := range f.methods() {
 		if f.is("refuses unknown methods") && slices.ContainsFunc(offered, func(m byte) bool { return m != 0x80 && m != 0x09 && m != 0 }) {
 			return 0xff
 		}
@@ -704,6 +723,7 @@ func (f *faulty) settings(r *bufio.Reader, method byte) byte {
 		return 0x13
 	case f.is("takes unknown settings for bad ones") && len(text) > 10 && bytes.Contains(text, []byte("grease")):
 		return 1
+	case f.managed != nil: // it knows every key
 	case json.Unmarshal(text, &object) != nil || len(object) > 0:
 		return 0x13
 	}
@@ -794,6 +814,8 @@ func (f *faulty) request(r *bufio.Reader) (dest string, code byte, err error) {
 	}
 	port := binary.BigEndian.Uint16(read(2))
 	switch {
+	case f.is("pt: goes elsewhere"):
+		return "127.0.0.1:1", 0, err
 	case f.server != "" && f.is("bound to nothing"):
 		return "", 2, err
 	case f.server != "":
@@ -877,7 +899,7 @@ func (f *faulty) class(err error) byte {
 }
 
 func (f *faulty) connect(ctx context.Context, dest string) (net.Conn, error) {
-	var d net.Dialer
+	d := f.dialer()
 	if f.host.Proxy == "" || f.is("goes around the proxy") {
 		return d.DialContext(ctx, "tcp", dest)
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	ptwire "pthost/adapters/pt1/wire"
 	"pthost/ptipc/localnet"
 )
 
@@ -20,12 +21,17 @@ type server struct {
 	post   *post
 	conns  chan net.Conn
 	over   chan struct{} // closed when the case ends
+	cookie ptwire.Cookie // of the Extended ORPort, if the server is a managed transport
+	plain  bool          // it has a plain ORPort alone
 }
 
 // serve starts a server that delivers to the suite.
 func (t *trial) serve() *server { return t.serveWith(launch{}) }
 
 func (t *trial) serveWith(l launch) *server {
+	if t.suite.managed() {
+		return t.serveManaged(l)
+	}
 	usual := l.usual()
 	if usual && t.suite.unready {
 		t.cannot("the child did not get ready before")
@@ -117,7 +123,10 @@ func (s *server) closed() bool {
 }
 
 // A delivery is a connection that the server hands to the suite.
-type delivery struct{ *wire }
+type delivery struct {
+	*wire
+	server *server
+}
 
 // accepted waits for a delivery.
 func (s *server) accepted() *delivery {
@@ -128,7 +137,10 @@ func (s *server) accepted() *delivery {
 	select {
 	case conn := <-s.conns:
 		t.onEnd(func() { conn.Close() })
-		return &delivery{&wire{t, "host", conn, s.ends.Accepted(conn.RemoteAddr())}}
+		if s.t.suite.managed() {
+			return s.delivered(conn)
+		}
+		return &delivery{&wire{t, "host", conn, s.ends.Accepted(conn.RemoteAddr())}, s}
 	case <-time.After(t.suite.patience):
 	case <-t.ctx.Done():
 	}
@@ -186,8 +198,19 @@ func (p passage) exchange() {
 	}
 }
 
+// close hangs up at both ends.
+func (p passage) close() {
+	p.client.close()
+	if p.host != nil {
+		p.host.close()
+	}
+}
+
 // handshake reads it up to the reply, and returns the settings.
 func (d *delivery) handshake() map[string]any {
+	if d.t.suite.managed() {
+		return d.identify()
+	}
 	_ = d.conn.SetReadDeadline(time.Now().Add(d.t.suite.patience))
 	_ = d.conn.SetWriteDeadline(time.Now().Add(d.t.suite.patience))
 	told, err := takeDelivery(io.TeeReader(d.conn, shower{d.wire}), d.conn)
@@ -205,7 +228,13 @@ func (s shower) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (d *delivery) answer(code byte) { d.send(replyOf(code)) }
+func (d *delivery) answer(code byte) {
+	if d.t.suite.managed() {
+		d.agree(code == granted)
+		return
+	}
+	d.send(replyOf(code))
+}
 
 func replyOf(code byte) []byte { return []byte{5, code, 0, 1, 0, 0, 0, 0, 0, 0} }
 
@@ -266,15 +295,24 @@ func (t *trial) farServer() *farServer {
 	if s.unready {
 		t.cannot("the child did not get ready before")
 	}
-	pair := t.pair()
-	far := &farServer{post: newPost(), client: pair.client}
+	var pair configPair
 	var err error
-	far.ends, err = newFarEnd(agreeing(echo))
+	if s.managed() {
+		pair.server, err = s.managedServer()
+		t.need(err)
+	} else {
+		pair = t.pair()
+	}
+	far := &farServer{post: newPost(), client: pair.client}
+	far.ends, err = newFarEnd(s.taking(echo))
 	t.need(err)
-	far.child, err = s.start(t.ctx, launch{
-		role: Server, post: far.post,
-		args: s.words(Server, pair.server, map[string]any{"deliver": far.ends.addr()}),
-	})
+	l := launch{role: Server, config: pair.server, post: far.post}
+	if s.managed() {
+		l.tell = func(o order) { o[varORPort] = far.ends.addr() }
+	} else {
+		l.args = s.words(Server, pair.server, map[string]any{"deliver": far.ends.addr()})
+	}
+	far.child, err = s.start(t.ctx, l)
 	if err != nil {
 		far.ends.close()
 		t.cannot("%v", err)
@@ -284,6 +322,9 @@ func (t *trial) farServer() *farServer {
 		s.unready = true
 		t.onEnd(far.close)
 		t.fellUnready(far.child)
+	}
+	if s.managed() {
+		far.client = t.clientOf(far.child)
 	}
 	s.far = far
 	return far

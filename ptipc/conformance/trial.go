@@ -24,6 +24,7 @@ type trial struct {
 	cleanups []func()
 	children []*child // those that the case has used
 	events   []string
+	client   string // the configuration of a managed server's own client; "" is the subject's
 }
 
 func (t *trial) cleanUp() {

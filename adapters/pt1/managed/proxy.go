@@ -261,7 +261,7 @@ func (r *running) close() {
 }
 
 // env is what a transport is given. Its directory belongs to it and its role alone:
-// the client and the server proxy of one tor share the state location.
+// the client and the server proxy of one tor share the state location (PT1-30).
 func (r *running) env(role, name string) (ptipc.Env, error) {
 	dir := filepath.Join(r.environment.State, "ptipc-"+role+"-"+name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
