@@ -58,8 +58,8 @@ var updateReport = flag.Bool("update-report", false, "write the verdicts of spec
 
 const torReport = "../../spec/reports/tor.md"
 
-// verdict is the line of a report about one case.
-var verdict = regexp.MustCompile(`(?m)^(held|fell short|could not run) +(MUST|SHOULD) +([A-Z0-9]+-[0-9]+/[a-z0-9-]+)`)
+// verdictLine is the line of a report about one case.
+var verdictLine = regexp.MustCompile(`(?m)^(held|fell short|could not run) +(MUST|SHOULD) +([A-Z0-9]+-[0-9]+/[a-z0-9-]+)`)
 
 // unread is the line about a flood that was not read far enough.
 var unread = regexp.MustCompile(`(?m)^could not run MUST +(\S+): .* and goes on reading$`)
@@ -67,7 +67,7 @@ var unread = regexp.MustCompile(`(?m)^could not run MUST +(\S+): .* and goes on 
 // verdicts are what a report in text says of each case.
 func verdicts(text string) map[string]string {
 	all := map[string]string{}
-	for _, m := range verdict.FindAllStringSubmatch(text, -1) {
+	for _, m := range verdictLine.FindAllStringSubmatch(text, -1) {
 		all[m[3]] = m[1] + " " + m[2]
 	}
 	return all
