@@ -199,9 +199,16 @@ var classes = []byte{1, 2, 3, 4, 5, 6, 7, 8, tooLarge, tooLate, notJSON, setting
 
 // starts demands that a child gets ready, and stops it again.
 func (t *trial) starts(l launch) {
-	c := t.start(l)
-	t.getsReady(c)
-	c.stop()
+	for tries := 1; ; tries++ {
+		c := t.start(l)
+		if t.settled(c) {
+			c.stop()
+			return
+		}
+		if !t.again(c, tries) {
+			t.fellUnready(c)
+		}
+	}
 }
 
 // working starts a child, and returns what demands that it works.

@@ -139,7 +139,7 @@ var socksCases = []Case{
 			w := t.dial(c)
 			for _, b := range slices.Concat(greeting(h.method), h.bytes, request(t.dest(c))) {
 				w.send([]byte{b})
-				t.pause()
+				w.taken()
 			}
 			w.chosen(h.method)
 			w.replied("a handshake that comes byte by byte", granted)
@@ -152,7 +152,7 @@ var socksCases = []Case{
 			for cut := 1; cut < len(whole); cut += max(1, len(whole)/16) {
 				w := t.dial(c)
 				w.send(whole[:cut])
-				t.pause()
+				w.taken()
 				w.send(whole[cut:])
 				w.chosen(h.method)
 				w.replied(fmt.Sprintf("a handshake in two segments, cut after byte %d", cut), granted)
@@ -359,8 +359,7 @@ var socksCases = []Case{
 		m := t.method(c)
 		var conn net.Conn
 		t.need(asUser(nobodyUID, func() (err error) { conn, err = connect(t.ctx, c, m); return err }))
-		t.onEnd(func() { conn.Close() })
-		w := &wire{t: t, who: "client", conn: conn}
+		w := t.wire("client", conn, nil)
 		w.send(greeting(none))
 		w.chosen(none)
 		w.close()
@@ -499,8 +498,7 @@ func (t *trial) refusesUser(c *child, dial func(method) (net.Conn, error)) {
 		t.showText(fmt.Sprintf("client, as user %d: %v", nobodyUID, refusal))
 		return
 	}
-	t.onEnd(func() { conn.Close() })
-	w := &wire{t: t, who: fmt.Sprintf("client, as user %d,", nobodyUID), conn: conn}
+	w := t.wire(fmt.Sprintf("client, as user %d,", nobodyUID), conn, nil)
 	w.send(greeting(none))
 	b, err := w.try(1, t.suite.patience)
 	if len(b) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {

@@ -16,6 +16,7 @@ var watchedCases = []Case{
 		in := t.cell(false)
 		c, works := t.working(launch{within: in})
 		works()
+		t.hangUp()
 		t.closeStdin(c)
 		if !t.until(c.ended) {
 			c.stop()
@@ -65,6 +66,7 @@ var watchedCases = []Case{
 		})
 		t.onEnd(func() { close(stop); looking.Wait() })
 		works()
+		t.hangUp()
 		t.closeStdin(c)
 		t.until(c.ended) // that it does, another case says
 		mu.Lock()

@@ -76,6 +76,7 @@ var (
 
 // A child is a process that is looked at, with a state directory and a home of its own.
 type child struct {
+	suite   *suite
 	proc    *proc.Process
 	started chan struct{} // closed when proc is there
 	role    string
@@ -205,7 +206,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &child{base: base, within: l.within, role: l.role, started: make(chan struct{}), fixed: s.managed() && !s.subject.Free}
+	c := &child{suite: s, base: base, within: l.within, role: l.role, started: make(chan struct{}), fixed: s.managed() && !s.subject.Free}
 	state, home := filepath.Join(base, stateDir), filepath.Join(base, homeDir)
 	if err := errors.Join(os.Mkdir(state, 0o700), os.Mkdir(home, 0o700)); err != nil {
 		return nil, err
@@ -282,7 +283,7 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 				c.errout = append(c.errout, line)
 			}
 		},
-		FinishWait: time.Second, TermWait: time.Second,
+		FinishWait: s.finishWait(), TermWait: time.Second,
 	})
 	if err != nil {
 		_ = c.dir.Close()
@@ -298,11 +299,25 @@ func (s *suite) start(ctx context.Context, l launch) (*child, error) {
 	return c, nil
 }
 
+// finishWait is how long a child may take to end by itself when a case has ended.
+const finishWait = time.Second
+
+// finishWait is short once a child has not done so: the others will not either, and that
+// they do not, LIFE-2 has cases for.
+func (s *suite) finishWait() time.Duration {
+	if s.stays {
+		return finishWait / 10
+	}
+	return finishWait
+}
+
 // stop ends the child and removes what it has left. It may be called twice.
 func (c *child) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
+	began := time.Now()
 	_ = c.proc.Stop(ctx) // it says what could not be killed, which no case is about
+	c.suite.stays = c.suite.stays || time.Since(began) > finishWait
 	_ = c.dir.Close()
 	os.RemoveAll(c.base)
 }

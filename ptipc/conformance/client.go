@@ -34,6 +34,22 @@ type wire struct {
 	mine *localnet.End // this end; nil where none are marked
 }
 
+// wire is one of this case's, which is closed with it.
+func (t *trial) wire(who string, conn net.Conn, mine *localnet.End) *wire {
+	t.onEnd(func() { conn.Close() })
+	t.conns = append(t.conns, conn)
+	return &wire{t, who, conn, mine}
+}
+
+// hangUp closes all connections of the case, so that a child which is asked to stop has
+// none to finish (LIFE-2).
+func (t *trial) hangUp() {
+	t.showText("all connections are hung up")
+	for _, conn := range t.conns {
+		conn.Close()
+	}
+}
+
 // dial connects to the child.
 func (t *trial) dial(c *child) *wire {
 	if m := t.method(c); t.suite.managed() && m.protocol != "socks5" {
@@ -42,9 +58,7 @@ func (t *trial) dial(c *child) *wire {
 	if addr, err := localnet.ParseAddr(t.method(c).addr); err == nil && addr.Unix() && c.ends != nil {
 		return t.dialMarked(c, addr)
 	}
-	conn := t.connect(c)
-	t.onEnd(func() { conn.Close() })
-	return &wire{t: t, who: "client", conn: conn}
+	return t.wire("client", t.connect(c), nil)
 }
 
 // dialMarked is dial with a place where the ends are marked.
@@ -53,8 +67,7 @@ func (t *trial) dialMarked(c *child, addr localnet.Addr) *wire {
 	if err != nil {
 		t.fell("a connection to "+addr.String(), "%v", err)
 	}
-	t.onEnd(func() { conn.Close() })
-	return &wire{t, "client", conn, end}
+	return t.wire("client", conn, end)
 }
 
 // connect is patient with a socket that does not listen yet: LINE-7 has a case for
@@ -188,6 +201,28 @@ func (w *wire) echo(text string) {
 	w.send([]byte(text))
 	w.bytes([]byte(text), fmt.Sprintf("%q back from the echo server", text))
 }
+
+// taken waits until the child has read what was sent, so that what follows comes to it
+// as a piece of its own, however busy the machine is.
+func (w *wire) taken() {
+	t := w.t
+	var left int
+	var err error
+	if !t.peeks {
+		t.peeks = !t.untilEvery(takenPeriod, func() bool {
+			left, err = unread(w.conn)
+			return left == 0 || err != nil
+		})
+	}
+	// A child may look at bytes without taking them, and not all systems tell. When there
+	// is an error of another kind, the child has hung up.
+	if t.peeks || errors.Is(err, errors.ErrUnsupported) {
+		t.pause()
+	}
+}
+
+// takenPeriod is short since most children read at once.
+const takenPeriod = 200 * time.Microsecond
 
 // closeWrite ends the outgoing direction.
 func (w *wire) closeWrite() {

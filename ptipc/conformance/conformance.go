@@ -329,6 +329,7 @@ type suite struct {
 	far      *farServer // what a generated client leads to; nil before it is needed
 	shared   *child     // for cases that leave a child as it was; nil if none runs
 	unready  bool       // a child did not get ready as it is usually started
+	stays    bool       // a child did not end at the end of its standard input
 	lines    []outLine  // what all children have written on standard output
 }
 

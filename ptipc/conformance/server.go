@@ -36,7 +36,34 @@ func (t *trial) serveWith(l launch) *server {
 	if usual && t.suite.unready {
 		t.cannot("the child did not get ready before")
 	}
-	pair := t.pair()
+	var s *server
+	var pair configPair
+	for tries := 1; ; tries++ {
+		pair = t.pair()
+		if s = t.serveOnce(l, pair); t.settled(s.child) {
+			break
+		}
+		if !t.again(s.child, tries) {
+			t.suite.unready = t.suite.unready || usual
+			t.fellUnready(s.child)
+		}
+	}
+	s.method = t.method(s.child)
+	if pair.client != "" {
+		s.client = t.start(launch{role: Client, config: pair.client, post: s.post})
+		t.getsReady(s.client)
+	}
+	return s
+}
+
+// again reports whether a server that has not got ready may be generated anew: the port
+// that was free then (SRV-6) may have been taken by somebody else.
+func (t *trial) again(c *child, tries int) bool {
+	return c.role == Server && len(t.suite.subject.Generate) > 0 && c.ended() && tries < 3
+}
+
+// serveOnce starts a server, and accepts what it delivers.
+func (t *trial) serveOnce(l launch, pair configPair) *server {
 	s := &server{t: t, post: newPost(), conns: make(chan net.Conn), over: make(chan struct{})}
 	var listener *localnet.Listener
 	accepting := make(chan struct{})
@@ -62,15 +89,6 @@ func (t *trial) serveWith(l launch) *server {
 			}
 		}
 	}()
-	if !t.settled(s.child) {
-		t.suite.unready = t.suite.unready || usual
-		t.fellUnready(s.child)
-	}
-	s.method = t.method(s.child)
-	if pair.client != "" {
-		s.client = t.start(launch{role: Client, config: pair.client, post: s.post})
-		t.getsReady(s.client)
-	}
 	return s
 }
 
@@ -94,8 +112,7 @@ func (s *server) dial() *wire {
 	if err != nil {
 		t.fell("a connection to the wire at "+s.method.addr, "%v", err)
 	}
-	t.onEnd(func() { conn.Close() })
-	return &wire{t: t, who: "wire's client", conn: conn}
+	return t.wire("wire's client", conn, nil)
 }
 
 // refuseAll refuses what is still delivered.
@@ -136,11 +153,11 @@ func (s *server) accepted() *delivery {
 	}
 	select {
 	case conn := <-s.conns:
-		t.onEnd(func() { conn.Close() })
 		if s.t.suite.managed() {
+			t.onEnd(func() { conn.Close() })
 			return s.delivered(conn)
 		}
-		return &delivery{&wire{t, "host", conn, s.ends.Accepted(conn.RemoteAddr())}, s}
+		return &delivery{t.wire("host", conn, s.ends.Accepted(conn.RemoteAddr())), s}
 	case <-time.After(t.suite.patience):
 	case <-t.ctx.Done():
 	}
@@ -295,39 +312,43 @@ func (t *trial) farServer() *farServer {
 	if s.unready {
 		t.cannot("the child did not get ready before")
 	}
-	var pair configPair
-	var err error
-	if s.managed() {
-		pair.server, err = s.managedServer()
+	for tries := 1; ; tries++ {
+		var pair configPair
+		var err error
+		if s.managed() {
+			pair.server, err = s.managedServer()
+			t.need(err)
+		} else {
+			pair = t.pair()
+		}
+		far := &farServer{post: newPost(), client: pair.client}
+		far.ends, err = newFarEnd(s.taking(echo))
 		t.need(err)
-	} else {
-		pair = t.pair()
-	}
-	far := &farServer{post: newPost(), client: pair.client}
-	far.ends, err = newFarEnd(s.taking(echo))
-	t.need(err)
-	l := launch{role: Server, config: pair.server, post: far.post}
-	if s.managed() {
-		l.tell = func(o order) { o[varORPort] = far.ends.addr() }
-	} else {
-		l.args = s.words(Server, pair.server, map[string]any{"deliver": far.ends.addr()})
-	}
-	far.child, err = s.start(t.ctx, l)
-	if err != nil {
-		far.ends.close()
-		t.cannot("%v", err)
-	}
-	t.children = append(t.children, far.child)
-	if !t.settled(far.child) {
-		s.unready = true
+		l := launch{role: Server, config: pair.server, post: far.post}
+		if s.managed() {
+			l.tell = func(o order) { o[varORPort] = far.ends.addr() }
+		} else {
+			l.args = s.words(Server, pair.server, map[string]any{"deliver": far.ends.addr()})
+		}
+		far.child, err = s.start(t.ctx, l)
+		if err != nil {
+			far.ends.close()
+			t.cannot("%v", err)
+		}
+		t.children = append(t.children, far.child)
+		if t.settled(far.child) {
+			if s.managed() {
+				far.client = t.clientOf(far.child)
+			}
+			s.far = far
+			return far
+		}
 		t.onEnd(far.close)
-		t.fellUnready(far.child)
+		if !t.again(far.child, tries) {
+			s.unready = true
+			t.fellUnready(far.child)
+		}
 	}
-	if s.managed() {
-		far.client = t.clientOf(far.child)
-	}
-	s.far = far
-	return far
 }
 
 func (f *farServer) close() {

@@ -87,7 +87,7 @@ func (s *server) delivered(conn net.Conn) *delivery {
 	if !ok || or.extended == s.plain {
 		s.t.fell("a connection to the Extended ORPort, or to the ORPort if there is no other", "one to the wrong port")
 	}
-	return &delivery{&wire{t: s.t, who: "parent", conn: or.TCPConn}, s}
+	return &delivery{s.t.wire("parent", or.TCPConn, nil), s}
 }
 
 // What is said on an Extended ORPort (PT1-10, PT1-11). It is read and written here once

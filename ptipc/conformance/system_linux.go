@@ -63,6 +63,7 @@ func dialing(to netip.AddrPort) (bool, error) {
 
 type tcpSocket struct {
 	local, remote netip.AddrPort
+	unread        int // bytes in its queue, or connections
 	inode         uint32
 }
 
@@ -77,23 +78,81 @@ func tcpSockets(state uint8) ([]tcpSocket, error) {
 	defer unix.Close(fd)
 	var sockets []tcpSocket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		// struct nlmsghdr and struct inet_diag_req_v2 of <linux/inet_diag.h>.
-		ask := make([]byte, 72)
-		binary.NativeEndian.PutUint32(ask, uint32(len(ask)))
-		binary.NativeEndian.PutUint16(ask[4:], unix.SOCK_DIAG_BY_FAMILY)
-		binary.NativeEndian.PutUint16(ask[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-		ask[16], ask[17] = family, unix.IPPROTO_TCP
-		binary.NativeEndian.PutUint32(ask[20:], 1<<state)
-		if err := unix.Sendto(fd, ask, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
+		if err := askSockets(fd, socketsAsked(family, unix.IPPROTO_TCP, 1<<state, unix.NLM_F_DUMP)); err != nil {
+			return nil, err
 		}
 		found, err := readSockets(fd)
 		if err != nil {
-			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
+			return nil, err
 		}
 		sockets = append(sockets, found...)
 	}
 	return sockets, nil
+}
+
+// socketsAsked is struct nlmsghdr and struct inet_diag_req_v2 of <linux/inet_diag.h>.
+func socketsAsked(family, protocol uint8, states uint32, flags uint16) []byte {
+	ask := make([]byte, 72)
+	binary.NativeEndian.PutUint32(ask, uint32(len(ask)))
+	binary.NativeEndian.PutUint16(ask[4:], unix.SOCK_DIAG_BY_FAMILY)
+	binary.NativeEndian.PutUint16(ask[6:], unix.NLM_F_REQUEST|flags)
+	ask[16], ask[17] = family, protocol
+	binary.NativeEndian.PutUint32(ask[20:], states)
+	return ask
+}
+
+func askSockets(fd int, ask []byte) error {
+	if err := unix.Sendto(fd, ask, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("ask the kernel for sockets: %w", err)
+	}
+	return nil
+}
+
+// unread returns how many bytes of a connection's the process at its other end, on this
+// machine, has not read. For a unix socket it is a measure of their memory.
+func unread(conn net.Conn) (n int, err error) {
+	if socket, ok := conn.(*net.UnixConn); ok {
+		raw, err := socket.SyscallConn()
+		if err != nil {
+			return 0, err
+		}
+		if cerr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }); cerr != nil {
+			return 0, cerr
+		}
+		return n, err
+	}
+	own, err := netip.ParseAddrPort(conn.LocalAddr().String())
+	if err != nil {
+		return 0, err
+	}
+	other, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+	if err != nil {
+		return 0, err
+	}
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return 0, fmt.Errorf("ask the kernel for sockets: %w", err)
+	}
+	defer unix.Close(fd)
+	family := uint8(unix.AF_INET)
+	if other.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	ask := socketsAsked(family, unix.IPPROTO_TCP, ^uint32(0), 0)
+	// struct inet_diag_sockid, as the other end has it, and any cookie.
+	binary.BigEndian.PutUint16(ask[24:], other.Port())
+	binary.BigEndian.PutUint16(ask[26:], own.Port())
+	copy(ask[28:44], other.Addr().AsSlice())
+	copy(ask[44:60], own.Addr().AsSlice())
+	binary.NativeEndian.PutUint64(ask[64:], ^uint64(0))
+	if err := askSockets(fd, ask); err != nil {
+		return 0, err
+	}
+	found, err := readSockets(fd)
+	if err != nil || len(found) == 0 {
+		return 0, err
+	}
+	return found[0].unread, nil
 }
 
 // readSockets reads one answer of the kernel's.
@@ -103,24 +162,28 @@ func readSockets(fd int) ([]tcpSocket, error) {
 	for {
 		n, err := unix.Read(fd, b)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
 		}
 		messages, err := syscall.ParseNetlinkMessage(b[:n])
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
 		}
 		for _, m := range messages {
 			switch {
 			case m.Header.Type == unix.NLMSG_DONE:
 				return sockets, nil
 			case m.Header.Type == unix.NLMSG_ERROR && len(m.Data) >= 4:
-				return nil, syscall.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
+				return nil, fmt.Errorf("ask the kernel for sockets: %w", syscall.Errno(-int32(binary.NativeEndian.Uint32(m.Data))))
 			case len(m.Data) >= 72: // struct inet_diag_msg
 				sockets = append(sockets, tcpSocket{
 					local:  kernelAddr(m.Data[0], m.Data[8:], m.Data[4:]),
 					remote: kernelAddr(m.Data[0], m.Data[24:], m.Data[6:]),
+					unread: int(binary.NativeEndian.Uint32(m.Data[56:])),
 					inode:  binary.NativeEndian.Uint32(m.Data[68:]),
 				})
+				if m.Header.Flags&unix.NLM_F_MULTI == 0 {
+					return sockets, nil // it was about one socket
+				}
 			}
 		}
 	}

@@ -19,6 +19,7 @@ func fill(*net.TCPListener) error               { return errLinux }
 func sendSocket(net.Conn, *net.TCPConn) error   { return errLinux }
 func disconnect(*net.TCPConn) error             { return errLinux }
 func hungUp(net.Conn) bool                      { return true }
+func unread(net.Conn) (int, error)              { return 0, errLinux }
 
 // A cell watches a child, where namespaces are.
 type cell struct{}

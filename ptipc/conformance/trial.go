@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"runtime"
 	"strings"
 	"time"
@@ -23,6 +24,8 @@ type trial struct {
 	result   Result
 	cleanups []func()
 	children []*child // those that the case has used
+	conns    []net.Conn
+	peeks    bool // the child leaves what it has seen in the socket's queue
 	events   []string
 	client   string // the configuration of a managed server's own client; "" is the subject's
 }
