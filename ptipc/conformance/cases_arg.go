@@ -232,6 +232,9 @@ func (t *trial) working(l launch) (c *child, works func()) {
 		c = t.start(l)
 		t.getsReady(c)
 	}
+	if c.datagrams() {
+		return c, func() { t.exchangePackets(c) }
+	}
 	return c, func() { t.open(c, t.dest(c)).close() }
 }
 

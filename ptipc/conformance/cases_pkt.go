@@ -5,12 +5,14 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"pthost/turn"
@@ -75,15 +77,20 @@ var packetCases = []Case{
 		}
 	}),
 	must("PKT-6/whole", func(t *trial) {
-		far := t.packetFar()
-		conn := t.allocation(t.packetMethod(t.child()))
+		c := t.child()
+		far := t.packetEcho()
+		conn := t.allocation(t.packetMethod(c))
 		for _, size := range []int{0, 1, 1200, 1500} {
 			t.echoPacket(conn, far, bytes.Repeat([]byte{byte(size) + 1}, size))
 		}
 	}),
 	must("PKT-2/unasked", func(t *trial) {
+		c := t.child()
+		if t.suite.far != nil {
+			t.cannot("the far end is the child's own server: nobody else can say what the transport would understand")
+		}
 		far := t.packetFar()
-		conn := t.allocation(t.packetMethod(t.child()))
+		conn := t.allocation(t.packetMethod(c))
 		t.echoPacket(conn, far, []byte("asked"))
 		stranger, err := net.ListenPacket("udp", "127.0.0.2:0") //nolint:forbidigo // the suite is a peer of its own
 		t.need(err)
@@ -329,9 +336,51 @@ func (t *trial) echoPacket(conn net.PacketConn, far *packetFar, payload []byte) 
 	return 0
 }
 
+// exchangePackets demands that a datagram comes back.
+func (t *trial) exchangePackets(c *child) {
+	t.echoPacket(t.allocation(t.packetMethod(c)), t.packetEcho(), []byte("question"))
+}
+
+// packetEcho is what sends datagrams back: the suite's own, or what the server of a
+// generated client leads to.
+func (t *trial) packetEcho() *packetFar {
+	if t.suite.far == nil {
+		return t.packetFar()
+	}
+	if !t.suite.subject.Echoes {
+		t.cannot("nothing is known about where the server leads; give it an echo server and set Subject.Echoes")
+	}
+	return t.packetWire(t.method(t.suite.far.child))
+}
+
+// packetWire is the wire of a server that leads to an echo server.
+func (t *trial) packetWire(m method) *packetFar {
+	addr, err := netip.ParseAddrPort(m.addr)
+	t.need(err)
+	return &packetFar{wire: net.UDPAddrFromAddrPort(addr)}
+}
+
+// probeUDP is an error if no socket is at an address: the system says so.
+func (t *trial) probeUDP(addr string) error {
+	conn, err := t.dialUDP(addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("probe")); err != nil {
+		return err
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(quiet))
+	if _, err := conn.Read(make([]byte, 1)); errors.Is(err, syscall.ECONNREFUSED) {
+		return err
+	}
+	return nil
+}
+
 // A packetFar sends back what comes as it should.
 type packetFar struct {
 	conn net.PacketConn
+	wire *net.UDPAddr // of a server, in place of conn
 	done chan struct{}
 
 	mu      sync.Mutex
@@ -372,7 +421,12 @@ func (f *packetFar) serve() {
 	}
 }
 
-func (f *packetFar) addr() *net.UDPAddr { return f.conn.LocalAddr().(*net.UDPAddr) }
+func (f *packetFar) addr() *net.UDPAddr {
+	if f.wire != nil {
+		return f.wire
+	}
+	return f.conn.LocalAddr().(*net.UDPAddr)
+}
 
 func (f *packetFar) expect(payload []byte) {
 	f.mu.Lock()

@@ -50,6 +50,7 @@ var proxyCases = []Case{
 	}),
 	must("PROXY-1/unreachable", func(t *trial) {
 		t.extended()
+		t.streams()
 		t.noWayAround("socks5://" + t.nobody())
 	}),
 	must("PROXY-3/name", func(t *trial) {
@@ -84,6 +85,7 @@ var proxyCases = []Case{
 var anyProxyCases = []Case{
 	must("PROXY-1/done-first", func(t *trial) {
 		t.extended()
+		t.streams()
 		c, _ := t.working(launch{host: map[string]any{"proxy": "socks5://" + t.upstream("", "", dialer).addr()}})
 		word := strings.TrimSuffix(c.lastWord(), "S DONE")
 		expected := "PROXY DONE before the first " + word
@@ -116,13 +118,29 @@ var anyProxyCases = []Case{
 			"socks5://user:" + secret + "@", "socks5://user:" + secret + "@%zz:1",
 		} {
 			c := t.start(launch{host: map[string]any{"proxy": url}})
-			if t.settled(c) && c.role == Client {
+			if t.settled(c) && c.role == Client && !c.datagrams() {
 				w, _ := t.ask(c, t.dest(c)) // whatever it says to that, it must not say the password
 				w.close()
 			}
 			t.keepsSecret(c, secret)
 		}
 	}),
+}
+
+// streams ends the case for a child of datagrams alone, which does not start under a
+// proxy.
+func (t *trial) streams() {
+	datagrams := false
+	switch {
+	case t.suite.unready: // there is nothing to be learnt
+	case t.suite.subject.Role == Server:
+		datagrams = t.serve().datagrams
+	default:
+		datagrams = t.child().datagrams()
+	}
+	if datagrams {
+		t.cannot("the child is of datagrams alone, which a proxy for streams cannot carry (PROXY-4)")
+	}
 }
 
 // refusesProxy demands that the child ends because of its proxy, and says so.

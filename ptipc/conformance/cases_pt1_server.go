@@ -97,13 +97,13 @@ var managedServerCases = []Case{
 			t.fell("USERADDR with the address of the wire's client", "%q", remote)
 		}
 		host.agree(true)
-		passage{s, client, host, 0}.exchange()
+		passage{server: s, client: client, host: host}.exchange()
 	}),
 	must("PT1-28/orport", func(t *trial) {
 		s := t.serveWith(launch{tell: func(o order) { o[varExtended] = ""; delete(o, varCookie) }})
 		client := s.dial()
 		host := s.accepted()
-		passage{s, client, host, 0}.exchange()
+		passage{server: s, client: client, host: host}.exchange()
 	}),
 	must("PT1-28/before-okay", func(t *trial) {
 		s := t.serve()
@@ -145,7 +145,7 @@ var managedServerCases = []Case{
 		host := s.accepted()
 		host.identify()
 		host.send(orCommand(0x1777, "grease"), orCommand(orOkay, ""))
-		passage{s, client, host, 0}.exchange()
+		passage{server: s, client: client, host: host}.exchange()
 	}),
 	should("PT1-28/others-go-on", func(t *trial) {
 		s := t.serve()

@@ -113,6 +113,11 @@ func (t *trial) counting(c *child) *child {
 
 type counts map[string]any
 
+func (c counts) least(name string, n int) bool {
+	got, ok := c[name].(float64)
+	return ok && got >= float64(n)
+}
+
 func (c counts) is(name string, n float64) bool { return c[name] == n }
 
 func (t *trial) counts(answer string) counts {

@@ -35,28 +35,14 @@ var watchedCases = []Case{
 	}),
 	must("LIFE-11/watched", func(t *trial) {
 		c, works := t.working(launch{})
-		var mu sync.Mutex
-		seen := map[netip.AddrPort]bool{}
-		look := func() error {
-			pids, err := c.proc.Pids()
-			if err != nil {
-				return err
-			}
-			addrs, err := listening(pids)
-			mu.Lock()
-			defer mu.Unlock()
-			for _, addr := range addrs {
-				seen[addr] = true
-			}
-			return err
-		}
-		t.need(look())
+		w := &watcher{child: c, tcp: map[netip.AddrPort]bool{}, udp: map[netip.AddrPort]bool{}, wires: map[netip.AddrPort]bool{}}
+		t.need(w.look())
 		stop := make(chan struct{})
 		var looking sync.WaitGroup
 		looking.Go(func() {
 			tick := time.NewTicker(lookPeriod)
 			defer tick.Stop()
-			for look() == nil { // when the child is gone, there is nothing to be seen
+			for w.look() == nil { // when the child is gone, there is nothing to be seen
 				select {
 				case <-tick.C:
 				case <-stop:
@@ -65,14 +51,58 @@ var watchedCases = []Case{
 			}
 		})
 		t.onEnd(func() { close(stop); looking.Wait() })
+		w.use(true)
 		works()
+		t.need(w.look())
+		w.use(false)
 		t.hangUp()
 		t.closeStdin(c)
 		t.until(c.ended) // that it does, another case says
-		mu.Lock()
-		defer mu.Unlock()
-		t.reachable(c, slices.Collect(maps.Keys(seen)))
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		t.reachable(c, "TCP", slices.Collect(maps.Keys(w.tcp)))
+		t.reachable(c, "UDP", slices.Collect(maps.Keys(w.udp)))
 	}),
+}
+
+// A watcher looks at the sockets of a child again and again.
+type watcher struct {
+	child *child
+
+	mu       sync.Mutex // held while it looks
+	used     bool       // there are connections, which may have wires of datagrams
+	tcp, udp map[netip.AddrPort]bool
+	wires    map[netip.AddrPort]bool
+}
+
+// use says whether there will be connections, of what is seen from now on.
+func (w *watcher) use(used bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.used = used
+}
+
+func (w *watcher) look() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	pids, err := w.child.proc.Pids()
+	if err != nil {
+		return err
+	}
+	tcp, udp, err := listening(pids)
+	for _, addr := range tcp {
+		w.tcp[addr] = true
+	}
+	for _, addr := range udp {
+		switch {
+		case w.udp[addr] || w.wires[addr]:
+		case w.used: // what was not there before is a connection's wire
+			w.wires[addr] = true
+		default:
+			w.udp[addr] = true
+		}
+	}
+	return err
 }
 
 // watchedProxyCases are about what leaves a client that has a proxy: it runs in a network

@@ -394,6 +394,12 @@ func (c *child) methods() []method {
 	return methods
 }
 
+// datagrams reports whether a client announces packet factories alone.
+func (c *child) datagrams() bool {
+	methods := c.methods()
+	return len(methods) > 0 && !slices.ContainsFunc(methods, func(m method) bool { return m.protocol != turnProtocol })
+}
+
 // lastWord ends the announcements.
 func (c *child) lastWord() string {
 	if c.role == Server {
@@ -484,6 +490,9 @@ func (t *trial) child() *child {
 
 // method is the connection factory that the subject names, or what a server offers.
 func (t *trial) method(c *child) method {
+	if c.datagrams() {
+		t.cannot("the child announces packet factories alone")
+	}
 	methods, name := c.methods(), t.suite.subject.Factory
 	if c.role == Server && len(methods) > 0 {
 		return methods[0]
@@ -493,9 +502,6 @@ func (t *trial) method(c *child) method {
 		if m.name == name || name == "" && len(methods) == 1 {
 			return m
 		}
-	}
-	if len(methods) == 0 {
-		t.cannot("the child announces packet factories alone")
 	}
 	if name == "" {
 		t.cannot("the child announces %d connection factories; name one of them in Subject.Factory", len(methods))

@@ -34,7 +34,8 @@ type Subject struct {
 	// configurations for a server that listens on this machine's loopback and for its
 	// client. With them, each side is started with what was generated, a server is
 	// reached through the child's own client, and a client through a server that
-	// leads to the suite. Without them, a server is started with Config and its wire
+	// leads to the suite. A server of datagrams has to lead to an echo server, for
+	// which Echoes is set. Without them, a server is started with Config and its wire
 	// has to be plain TCP, and the role generate can be asked little.
 	Generate ptipc.Opaque
 	// Config is a configuration that works, unless there is Generate. It stands on the

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -18,11 +19,13 @@ import (
 
 	"go.uber.org/goleak"
 
+	"pthost/adapters/bound"
 	"pthost/adapters/free"
 	"pthost/ptipc"
 	"pthost/ptipc/child"
 	"pthost/ptipc/conformance"
 	"pthost/ptipc/testpeer"
+	"pthost/transports/direct"
 	"pthost/transports/websocket"
 )
 
@@ -30,6 +33,8 @@ import (
 const (
 	asFaulty = "conformance-faulty-child"
 	asFree   = "conformance-free-child"
+	asMux    = "conformance-mux-child"
+	asBound  = "conformance-bound-child" // and where it leads
 	asPT1    = "conformance-managed-child"
 	asPT2    = "conformance-dispatcher-child"
 )
@@ -41,10 +46,17 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && (os.Args[1] == asPT1 || os.Args[1] == asPT2) {
 		managedMain(os.Args[2], os.Args[1] == asPT2, os.Args[3:])
 	}
-	if len(os.Args) > 1 && os.Args[1] == asFree {
+	if len(os.Args) > 1 {
 		server := free.Server(*websocket.Server)
 		server.Name = "free"
-		child.MainArgs(os.Args[2:], child.Transport{Client: free.Client(websocket.Open), Server: &server})
+		switch os.Args[1] {
+		case asFree:
+			child.MainArgs(os.Args[2:], child.Transport{Client: free.Client(websocket.Open), Server: &server})
+		case asMux:
+			child.MainArgs(os.Args[2:], child.Transport{Client: free.Mux(websocket.Open), Server: &server})
+		case asBound:
+			child.MainArgs(os.Args[3:], child.Transport{Client: bound.Client(direct.Open, os.Args[2])})
+		}
 	}
 	// The tests wait most of the time, so that more of them fit side by side than there
 	// are processors.
@@ -136,10 +148,27 @@ var (
 		"PROXY-3/name", "PROXY-3/password", "PROXY-3/secret", "PROXY-1/nothing-around", "PROXY-3/nothing-looked-up",
 		"SOCKS-20/clean", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client", "SOCKS-24/handed-over", "SOCKS-25/broken",
 	}
-	ofStats = []string{
+	// For a child of datagrams alone.
+	ofStreams = slices.Concat(named(conformance.Client, "^(SOCKS|ERR|STAT)-|^(LIFE-[23]/open|LIFE-3/(second|after)|PROXY-1/(done|not|nothing|failing|unreach)|PROXY-3/(n|password))"), []string{
+		"ARG-5/listen-unix", "LINE-1/cr",
+	})
+	ofStreamingServers = slices.Concat(named(conformance.Server, "^(SOCKS|SRV-3)|^(LIFE-[23]/open|LIFE-3/(second|after))"), []string{"PROXY-1/done-first"})
+	ofStats            = []string{
 		"STAT-1/connection", "STAT-2/totals", "STAT-3/unknown", "STAT-3/gone", "STAT-3/unix", "STAT-3/id", "LINE-1/cr",
 	}
 )
+
+// named are the names of a role's cases that a pattern matches.
+func named(role, pattern string) []string {
+	form := regexp.MustCompile(pattern)
+	var names []string
+	for _, c := range conformance.Cases(conformance.Seed) {
+		if c.Role == role && !c.Slow && form.MatchString(c.Name) {
+			names = append(names, c.Name)
+		}
+	}
+	return names
+}
 
 func TestWithoutFault(t *testing.T) {
 	t.Parallel()
@@ -239,6 +268,8 @@ var (
 		{"keeps a file elsewhere for a moment", []string{"LIFE-8/watched"}},
 		{"listens everywhere", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
 		{"listens everywhere in the end", []string{"LIFE-11/watched"}},
+		{"listens everywhere for datagrams", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+		{"listens everywhere for datagrams in the end", []string{"LIFE-11/watched"}},
 
 		{"refuses unknown methods", []string{"SOCKS-1/settings-win", "SOCKS-1/unknown-beside"}},
 		{"does not know 0x09 alone", []string{
@@ -321,6 +352,31 @@ var (
 		{"turn: takes strangers for peers", []string{"PKT-2/unasked"}},
 		{"turn: keeps sockets", []string{"PKT-7/given-back"}},
 		{"turn: goes around the proxy", []string{"PROXY-4/not-around"}},
+		{"turn: listens everywhere", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+	}
+	// Of children that have datagrams alone, in both roles.
+	datagramFaults = []fault{
+		{"", nil},
+		{"does not see its configuration", []string{"ARG-4/standard-input", "ARG-4/no-role", "ARG-4/largest", "ARG-5/unknown-keys"}},
+		{"leaves a file outside", []string{"LIFE-8/files", "LIFE-8/watched"}},
+		{"listens everywhere for datagrams", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+		{"listens everywhere for datagrams in the end", []string{"LIFE-11/watched"}},
+		{"turn: listens everywhere", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+		{"turn: cuts datagrams", []string{"PKT-6/whole"}},
+		{"dies of an unknown keyword", []string{"LINE-2/unknown-keyword"}},
+	}
+	datagramServerFaults = []fault{
+		{"", nil},
+		{"does not see its configuration", []string{"ARG-4/standard-input", "ARG-4/largest", "ARG-5/unknown-keys"}},
+		{"leaves a file outside", []string{"LIFE-8/files", "LIFE-8/watched"}},
+		{"listens everywhere for datagrams", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+		{"listens everywhere for datagrams in the end", []string{"LIFE-11/watched"}},
+		{"dies of an unknown keyword", []string{"LINE-2/unknown-keyword"}},
+		{"server: counts nothing", []string{"STAT-2/totals"}},
+		{"server: hears no datagrams", []string{
+			"ARG-4/standard-input", "LINE-1/skipped", "LINE-2/unknown-keyword", "LIFE-8/files", "LIFE-8/watched", "LIFE-11/loopback", "LIFE-11/watched",
+			"SIG-1/ignored", "SRV-1/announced", "SRV-2/connects", "SRV-2/no-deliver", "STAT-2/totals",
+		}},
 	}
 	boundFaults = []fault{
 		{"bound to anything", []string{"SOCKS-11/elsewhere"}},
@@ -394,6 +450,8 @@ var (
 		{"keeps a file elsewhere for a moment", []string{"LIFE-8/watched"}},
 		{"listens everywhere", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
 		{"listens everywhere in the end", []string{"LIFE-11/watched"}},
+		{"listens everywhere for datagrams", []string{"LIFE-11/loopback", "LIFE-11/watched"}},
+		{"listens everywhere for datagrams in the end", []string{"LIFE-11/watched"}},
 		{"no PROXY DONE", []string{"PROXY-1/done-first"}},
 		{"takes any proxy", []string{"PROXY-1/unusable"}},
 		{"tells the password of the proxy", []string{"PROXY-3/secret"}},
@@ -632,6 +690,43 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// A child of datagrams alone, whose server leads to an echo server.
+func datagramSubject(t *testing.T, role, fault string) conformance.Subject {
+	t.Helper()
+	s := faultySubject(t, fault)
+	s.Role, s.Generate, s.Echoes = role, ptipc.Opaque(`{"packets":"alone"}`), true
+	return s
+}
+
+func TestFaultsOfDatagrams(t *testing.T) {
+	t.Parallel()
+	for role, faults := range map[string][]fault{conformance.Client: datagramFaults, conformance.Server: datagramServerFaults} {
+		for _, f := range faults {
+			t.Run(role+" "+f.name, func(t *testing.T) {
+				t.Parallel()
+				everyCase(t, datagramSubject(t, role, f.name), f)
+			})
+		}
+	}
+}
+
+// What is the suite's to drive of a child of datagrams, it drives.
+func TestDatagramsWithoutFault(t *testing.T) {
+	t.Parallel()
+	for role, notRun := range map[string][]string{
+		conformance.Client:   slices.Concat(withoutLogs, withoutSignals, ofStreams, []string{"PKT-2/unasked"}),
+		conformance.Server:   slices.Concat(withoutLogs, ofServer, ofStreamingServers),
+		conformance.Generate: nil,
+	} {
+		t.Run(role, func(t *testing.T) {
+			t.Parallel()
+			report := run(t, datagramSubject(t, role, ""), conformance.Options{Patience: patience})
+			want(t, report, conformance.FellShort)
+			want(t, report, conformance.NotRun, notRun...)
+		})
+	}
+}
+
 func TestFaultsOfPackets(t *testing.T) {
 	t.Parallel()
 	for _, f := range packetFaults {
@@ -644,7 +739,7 @@ func TestFaultsOfPackets(t *testing.T) {
 			case "turn: needs no credentials", "turn: takes any password": // there are no allocations either
 				names = []string{"PKT-3/form", "PKT-4/without-credentials", "PKT-4/wrong-password", "PKT-5/other-user"}
 			}
-			report := run(t, faultySubject(t, f.name), conformance.Options{Pattern: exactly(slices.Concat(names, []string{"LINE-4/form", "LINE-5/address", "LINE-6/args", "LINE-7/listening"}))})
+			report := run(t, faultySubject(t, f.name), conformance.Options{Pattern: exactly(slices.Concat(names, []string{"LINE-4/form", "LINE-5/address", "LINE-6/args", "LINE-7/listening", "LIFE-11/loopback", "LIFE-11/watched"}))})
 			want(t, report, conformance.FellShort, f.fells...)
 			want(t, report, conformance.NotRun)
 		})
@@ -699,8 +794,8 @@ var slowOfAny = []string{"ARG-4/no-line"}
 func TestEveryCaseCanFallShort(t *testing.T) {
 	fells := map[string]bool{conformance.Client + " SOCKS-11/anywhere": true} // see TestFaultsOfBound
 	for role, faults := range map[string][]fault{
-		conformance.Client:   slices.Concat(faults, packetFaults, boundFaults, slowFaults, signalFaults, []fault{waitsForAnAnswer}),
-		conformance.Server:   slices.Concat(serverFaults, serverSharedFaults, proxyingFaults, serverSignalFaults, []fault{waitsForAnAnswer, {fells: slowOfAny}}),
+		conformance.Client:   slices.Concat(faults, packetFaults, datagramFaults, boundFaults, slowFaults, signalFaults, []fault{waitsForAnAnswer}),
+		conformance.Server:   slices.Concat(serverFaults, serverSharedFaults, datagramServerFaults, proxyingFaults, serverSignalFaults, []fault{waitsForAnAnswer, {fells: slowOfAny}}),
 		conformance.Generate: append(generateFaults, fault{fells: slowOfAny}),
 	} {
 		for _, f := range faults {
@@ -836,9 +931,68 @@ func TestWebsocket(t *testing.T) {
 	}
 }
 
+// Datagrams, to an echo server behind the server.
+func TestScramble(t *testing.T) {
+	t.Parallel()
+	path := tool(t)
+	options := ptipc.Opaque(`{"listen":"127.0.0.1:0","to":"` + packetEchoServer(t) + `"}`)
+	var slowOfStreams []string
+	if !testing.Short() {
+		slowOfStreams = []string{"SOCKS-6/too-late", "SOCKS-9/silence-ends"}
+	}
+	for role, notRun := range map[string][]string{
+		conformance.Client:   slices.Concat(withoutLogs, withoutSignals, ofStreams, slowOfStreams, []string{"PKT-2/unasked"}),
+		conformance.Server:   slices.Concat(withoutLogs, ofServer, ofStreamingServers),
+		conformance.Generate: nil,
+	} {
+		t.Run(role, func(t *testing.T) {
+			t.Parallel()
+			s := conformance.Subject{Path: path, Args: []string{"transport", "scramble"}, Role: role, Generate: options, Echoes: true}
+			demandAll(t, s, notRun)
+		})
+	}
+}
+
+// packetEchoServer is what the server of a wire of datagrams leads to.
+func packetEchoServer(t *testing.T) (addr string) {
+	t.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		buf := make([]byte, 4096)
+		for {
+			n, from, err := conn.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = conn.WriteTo(buf[:n], from)
+		}
+	}()
+	t.Cleanup(func() { conn.Close(); <-ended })
+	return conn.LocalAddr().String()
+}
+
+// A free transport made bound.
+func TestBound(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := conformance.Subject{Path: self, Args: []string{asBound, echoServer(t)}, Echoes: true}
+	demandAll(t, s, slices.Concat(withoutKeys, withoutSignals, ofFree, []string{"LINE-10/status"}))
+}
+
 // A server that connects its clients itself, and a free client of what is underneath a
-// bound transport.
-func TestFreeOverWebsocket(t *testing.T) {
+// bound transport, with a carrier for each connection or for many.
+func TestFreeOverWebsocket(t *testing.T) { freeOverWebsocket(t, asFree) }
+func TestMuxOverWebsocket(t *testing.T)  { freeOverWebsocket(t, asMux) }
+
+func freeOverWebsocket(t *testing.T, as string) {
 	t.Parallel()
 	self, err := os.Executable()
 	if err != nil {
@@ -852,7 +1006,7 @@ func TestFreeOverWebsocket(t *testing.T) {
 		t.Run(role, func(t *testing.T) {
 			t.Parallel()
 			s := conformance.Subject{
-				Path: self, Args: []string{asFree}, Role: role,
+				Path: self, Args: []string{as}, Role: role,
 				Generate: ptipc.Opaque(`{"carrier":{"listen":"127.0.0.1:0"},"egress":{"allow":["127.0.0.0/8:*","localhost:*","*:*"]}}`),
 			}
 			demandAll(t, s, notRun)

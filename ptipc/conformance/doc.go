@@ -39,7 +39,8 @@
 //
 // Subject.Role says what is looked at: the client, the server, or what is generated.
 // For a server the suite is the host to which connections are delivered (SRV-3), and
-// the courier of its signals. Some cases look at the child's sockets in
+// the courier of its signals. A child of datagrams alone is asked what any child is, and
+// what PKT demands. Some cases look at the child's sockets in
 // /proc and are run on Linux alone; the one about other users of the machine
 // (SOCKS-17) needs root. Clauses that bind the host have their cases in package hosts;
 // those whose breach does not show have none.

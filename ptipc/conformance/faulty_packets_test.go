@@ -15,12 +15,76 @@ import (
 	"pthost/turn"
 )
 
-// announcePackets serves a packet factory of plain datagrams.
-func (f *faulty) announcePackets() {
-	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+// announceDatagrams is for a client that has nothing else.
+func (f *faulty) announceDatagrams() {
+	if f.host.Proxy != "" {
+		f.say(`CMETHOD-ERROR faulty {"class":2,"message":"a proxy carries streams alone"}`)
+		f.die(69, "a proxy carries streams alone")
+	}
+	f.announcePackets()
+}
+
+// serveDatagrams opens a wire of datagrams that leads to an echo server, its own.
+func (f *faulty) serveDatagrams() {
+	at := f.config["listen"]
+	if at == "" {
+		at = "127.0.0.1:0"
+	}
+	local, err := net.ResolveUDPAddr("udp", at)
+	if err != nil {
+		f.die(78, "%v", err)
+	}
+	conn, err := net.ListenUDP("udp", local)
 	if err != nil {
 		f.die(71, "%v", err)
 	}
+	f.say("SMETHOD faulty %s ARGS:stats=1,proxy=1", conn.LocalAddr())
+	if f.is("server: hears no datagrams") {
+		conn.Close()
+		return
+	}
+	go func() {
+		clients := map[netip.AddrPort]bool{}
+		buf := make([]byte, 4096)
+		for {
+			n, from, err := conn.ReadFromUDPAddrPort(buf)
+			if err != nil {
+				return
+			}
+			f.mu.Lock()
+			if !clients[from] && !f.is("server: counts nothing") {
+				f.total.active++
+				f.total.opened++
+			}
+			clients[from] = true
+			f.total.received += n
+			f.total.sent += n
+			f.mu.Unlock()
+			_, _ = conn.WriteToUDPAddrPort(buf[:n], from)
+		}
+	}()
+}
+
+// listenEverywhere opens a socket that takes datagrams from other machines.
+func (f *faulty) listenEverywhere() net.PacketConn {
+	conn, err := net.ListenPacket("udp4", "0.0.0.0:0")
+	if err != nil {
+		f.die(71, "%v", err)
+	}
+	return conn
+}
+
+// announcePackets serves a packet factory of plain datagrams.
+func (f *faulty) announcePackets() {
+	at := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
+	if f.is("turn: listens everywhere") {
+		at.IP = net.IPv4zero
+	}
+	conn, err := net.ListenUDP("udp4", at)
+	if err != nil {
+		f.die(71, "%v", err)
+	}
+	at = &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: conn.LocalAddr().(*net.UDPAddr).Port}
 	credentials := turn.NewCredentials()
 	if f.is("turn: the same credentials") {
 		credentials = turn.Credentials{Username: "u", Password: "p", Realm: "r"}
@@ -29,7 +93,7 @@ func (f *faulty) announcePackets() {
 	if !f.is("turn: no realm") {
 		args += ",realm=" + credentials.Realm
 	}
-	f.say("CMETHOD faulty turn %s ARGS:%s", conn.LocalAddr(), args)
+	f.say("CMETHOD faulty turn %s ARGS:%s", at, args)
 	if f.is("turn: needs no credentials") || f.is("turn: takes any password") {
 		go f.grantAll(conn)
 		return
@@ -37,7 +101,7 @@ func (f *faulty) announcePackets() {
 	server := &turn.Server{Credentials: credentials, Packets: f.openPackets}
 	if !f.is("turn: hears everybody") {
 		server.Allow = func(client net.Addr) error {
-			if !ownUser(conn, client.(*net.UDPAddr).AddrPort()) {
+			if !ownUser(at, client.(*net.UDPAddr).AddrPort()) {
 				return errors.New("another user")
 			}
 			return nil
@@ -46,8 +110,8 @@ func (f *faulty) announcePackets() {
 	go func() { _ = server.Serve(conn) }()
 }
 
-func ownUser(conn *net.UDPConn, from netip.AddrPort) bool {
-	cred, err := localnet.UDPPeer(conn.LocalAddr().(*net.UDPAddr).AddrPort(), from)
+func ownUser(at *net.UDPAddr, from netip.AddrPort) bool {
+	cred, err := localnet.UDPPeer(netip.AddrPortFrom(netip.AddrFrom4([4]byte(at.IP.To4())), uint16(at.Port)), from)
 	return err == nil && cred.UID == uint32(os.Geteuid())
 }
 
@@ -67,7 +131,7 @@ func (f *faulty) grantAll(conn *net.UDPConn) {
 		if err != nil {
 			return
 		}
-		if n < 20 || !ownUser(conn, from) {
+		if n < 20 || !ownUser(conn.LocalAddr().(*net.UDPAddr), from) {
 			continue
 		}
 		success := append([]byte{0x01, 0x03, 0, 0}, buf[4:20]...)

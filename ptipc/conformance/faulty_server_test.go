@@ -13,6 +13,11 @@ import (
 // announceServer opens a wire that is plain TCP. A server whose configuration says
 // where its clients want to go connects them itself.
 func (f *faulty) announceServer() {
+	if f.config["packets"] != "" {
+		f.serveDatagrams()
+		f.say("SMETHODS DONE")
+		return
+	}
 	if f.host.Deliver == "" && f.config["to"] == "" && !f.is("server: needs no deliver") {
 		f.die(64, "nowhere to deliver")
 	}
@@ -220,6 +225,9 @@ func (f *faulty) generate() {
 		f.say("*** faulty ***")
 	}
 	client, server := map[string]string{"server": to}, map[string]string{"listen": addr}
+	if value := f.config["packets"]; value != "" {
+		client, server["packets"] = map[string]string{"packets": value}, value
+	}
 	for _, key := range []string{"signals", "to"} {
 		if value := f.config[key]; value != "" {
 			server[key] = value

@@ -123,6 +123,9 @@ func faultyMain(fault string, args []string) {
 		}
 	}()
 	f.signal()
+	if f.is("listens everywhere for datagrams") {
+		f.listenEverywhere()
+	}
 	if f.role == conformance.Server {
 		f.announceServer()
 	} else {
@@ -131,6 +134,9 @@ func faultyMain(fault string, args []string) {
 		if f.is("announces after the end") {
 			f.say("CMETHOD late socks5 127.0.0.1:1")
 		}
+	}
+	if f.listener == nil { // it has datagrams alone
+		f.listener = noListener{}
 	}
 	f.serving.Go(f.accept)
 	for stopped := false; !stopped; {
@@ -152,6 +158,11 @@ func faultyMain(fault string, args []string) {
 			<-time.After(500 * time.Millisecond)
 			_ = l.Close()
 		}
+	}
+	if f.is("listens everywhere for datagrams in the end") {
+		conn := f.listenEverywhere()
+		<-time.After(500 * time.Millisecond)
+		_ = conn.Close()
 	}
 	if f.is("leaves a file outside") {
 		_ = os.WriteFile("../left", nil, 0o600)
@@ -249,9 +260,9 @@ func objectOK(text []byte) bool {
 // configure takes the keys of its role, each once.
 func (f *faulty) configure(config []byte) {
 	known := map[string][]string{
-		conformance.Client:   {"server", "signals"},
-		conformance.Server:   {"listen", "to", "signals"},
-		conformance.Generate: {"listen", "to", "signals"},
+		conformance.Client:   {"server", "signals", "packets"},
+		conformance.Server:   {"listen", "to", "signals", "packets"},
+		conformance.Generate: {"listen", "to", "signals", "packets"},
 	}[f.role]
 	dec := json.NewDecoder(bytes.NewReader(config))
 	_, _ = dec.Token()
@@ -358,6 +369,10 @@ func (f *faulty) listen() string {
 }
 
 func (f *faulty) announce() {
+	if f.config["packets"] != "" {
+		f.announceDatagrams()
+		return
+	}
 	addr := f.listen()
 	if f.is("done before it listens") && f.host.Listen != "unix" {
 		f.listener.Close()
@@ -393,6 +408,12 @@ func (f *faulty) announce() {
 		f.say("VERSION 1")
 	}
 }
+
+// A noListener accepts nothing.
+type noListener struct{ net.Listener }
+
+func (noListener) Accept() (net.Conn, error) { return nil, net.ErrClosed }
+func (noListener) Close() error              { return nil }
 
 // A lateListener begins to listen half a second after the first Accept. Its port is
 // bound before, so that nobody else gets it.

@@ -18,11 +18,13 @@ type server struct {
 	t      *trial
 	method method
 	client *child // through which the wire is reached; nil if it is plain TCP
-	post   *post
-	conns  chan net.Conn
-	over   chan struct{} // closed when the case ends
-	cookie ptwire.Cookie // of the Extended ORPort, if the server is a managed transport
-	plain  bool          // it has a plain ORPort alone
+	// datagrams says that the wire carries them: its client has packet factories alone.
+	datagrams bool
+	post      *post
+	conns     chan net.Conn
+	over      chan struct{} // closed when the case ends
+	cookie    ptwire.Cookie // of the Extended ORPort, if the server is a managed transport
+	plain     bool          // it has a plain ORPort alone
 }
 
 // serve starts a server that delivers to the suite.
@@ -52,6 +54,7 @@ func (t *trial) serveWith(l launch) *server {
 	if pair.client != "" {
 		s.client = t.start(launch{role: Client, config: pair.client, post: s.post})
 		t.getsReady(s.client)
+		s.datagrams = s.client.datagrams()
 	}
 	return s
 }
@@ -104,6 +107,7 @@ func (s *server) proxying() {
 // dial connects to the wire as a client.
 func (s *server) dial() *wire {
 	t := s.t
+	s.streams()
 	if !s.plainWire() {
 		// The wire's handshake may end at once or with the delivery: the reply comes later.
 		return t.open(s.client, t.dest(s.client))
@@ -124,6 +128,13 @@ func (s *server) refuseAll() {
 		case <-s.over:
 			return
 		}
+	}
+}
+
+// streams ends the case for a wire of datagrams, which have no connections.
+func (s *server) streams() {
+	if s.datagrams {
+		s.t.cannot("the wire carries datagrams")
 	}
 }
 
@@ -171,6 +182,9 @@ type passage struct {
 	client *wire
 	host   *delivery // nil if the server has connected it to an echo server,
 	spent  int       // to which so many bytes have gone and come back
+
+	packets net.PacketConn // in place of client, on a wire of datagrams,
+	far     *packetFar     // and its other end
 }
 
 // open makes a connection through the server.
@@ -179,24 +193,33 @@ func (s *server) open() passage {
 		if s.plainWire() && !s.t.suite.subject.Echoes {
 			s.t.cannot("nothing is known about where the server leads; give it an echo server and set Subject.Echoes")
 		}
+		const hello = "hello" // that it comes back says that the server has its client
+		if s.datagrams {
+			p := passage{server: s, packets: s.t.allocation(s.t.packetMethod(s.client)), far: s.t.packetWire(s.method), spent: len(hello)}
+			p.up(hello)
+			return p
+		}
 		if !s.plainWire() {
 			s.t.echoing(s.client)
 		}
 		client := s.dial()
-		const hello = "hello" // that it comes back says that the server has its client
 		client.echo(hello)
-		return passage{s, client, nil, len(hello)}
+		return passage{server: s, client: client, spent: len(hello)}
 	}
 	client := s.dial()
 	host := s.accepted()
 	host.handshake()
 	host.answer(granted)
-	return passage{s, client, host, 0}
+	return passage{server: s, client: client, host: host}
 }
 
 // up sends text from the client, and returns how many bytes have come back from
 // where it went.
 func (p passage) up(text string) (back int) {
+	if p.packets != nil {
+		p.server.t.echoPacket(p.packets, p.far, []byte(text))
+		return len(text)
+	}
 	if p.host == nil {
 		p.client.echo(text)
 		return len(text)

@@ -17,19 +17,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The states of a TCP socket, as the kernel numbers them.
+// The states of a socket, as the kernel numbers them.
 const (
-	stateConnecting = 2
-	stateListening  = 10
+	stateConnecting  = 2
+	stateUnconnected = 7 // in which a socket for datagrams takes what comes from anybody
+	stateListening   = 10
 )
 
-// listening returns the TCP addresses on which the processes listen.
-func listening(pids []int) ([]netip.AddrPort, error) {
+// listening returns the addresses on which the processes take what comes from anybody:
+// connections over TCP, and datagrams over UDP.
+func listening(pids []int) (tcp, udp []netip.AddrPort, err error) {
 	own := map[string]bool{}
 	for _, pid := range pids {
 		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		for _, fd := range fds {
 			if link, err := os.Readlink(fd); err == nil { // it may have been closed just now
@@ -37,22 +39,22 @@ func listening(pids []int) ([]netip.AddrPort, error) {
 			}
 		}
 	}
-	sockets, err := tcpSockets(stateListening)
-	if err != nil {
-		return nil, err
-	}
-	var found []netip.AddrPort
-	for _, s := range sockets {
-		if own[strconv.FormatUint(uint64(s.inode), 10)] {
-			found = append(found, s.local)
+	find := func(protocol, state uint8) (found []netip.AddrPort) {
+		sockets, serr := socketsIn(protocol, state)
+		err = errors.Join(err, serr)
+		for _, s := range sockets {
+			if own[strconv.FormatUint(uint64(s.inode), 10)] {
+				found = append(found, s.local)
+			}
 		}
+		return found
 	}
-	return found, nil
+	return find(unix.IPPROTO_TCP, stateListening), find(unix.IPPROTO_UDP, stateUnconnected), err
 }
 
 // dialing reports whether somebody is about to connect to an address.
 func dialing(to netip.AddrPort) (bool, error) {
-	sockets, err := tcpSockets(stateConnecting)
+	sockets, err := socketsIn(unix.IPPROTO_TCP, stateConnecting)
 	for _, s := range sockets {
 		if s.remote == to {
 			return true, nil
@@ -61,24 +63,24 @@ func dialing(to netip.AddrPort) (bool, error) {
 	return false, err
 }
 
-type tcpSocket struct {
+type socket struct {
 	local, remote netip.AddrPort
 	unread        int // bytes in its queue, or connections
 	inode         uint32
 }
 
-// tcpSockets are all sockets of one state in this network namespace, which is the
+// socketsIn are all sockets of one state in this network namespace, which is the
 // child's as well, since its sockets are on the loopback of both. /proc/net/tcp has
 // them too, but takes long to read when many connections have ended lately.
-func tcpSockets(state uint8) ([]tcpSocket, error) {
+func socketsIn(protocol, state uint8) ([]socket, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_INET_DIAG)
 	if err != nil {
 		return nil, fmt.Errorf("ask the kernel for sockets: %w", err)
 	}
 	defer unix.Close(fd)
-	var sockets []tcpSocket
+	var sockets []socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if err := askSockets(fd, socketsAsked(family, unix.IPPROTO_TCP, 1<<state, unix.NLM_F_DUMP)); err != nil {
+		if err := askSockets(fd, socketsAsked(family, protocol, 1<<state, unix.NLM_F_DUMP)); err != nil {
 			return nil, err
 		}
 		found, err := readSockets(fd)
@@ -111,8 +113,8 @@ func askSockets(fd int, ask []byte) error {
 // unread returns how many bytes of a connection's the process at its other end, on this
 // machine, has not read. For a unix socket it is a measure of their memory.
 func unread(conn net.Conn) (n int, err error) {
-	if socket, ok := conn.(*net.UnixConn); ok {
-		raw, err := socket.SyscallConn()
+	if local, ok := conn.(*net.UnixConn); ok {
+		raw, err := local.SyscallConn()
 		if err != nil {
 			return 0, err
 		}
@@ -156,8 +158,8 @@ func unread(conn net.Conn) (n int, err error) {
 }
 
 // readSockets reads one answer of the kernel's.
-func readSockets(fd int) ([]tcpSocket, error) {
-	var sockets []tcpSocket
+func readSockets(fd int) ([]socket, error) {
+	var sockets []socket
 	b := make([]byte, 64<<10)
 	for {
 		n, err := unix.Read(fd, b)
@@ -175,7 +177,7 @@ func readSockets(fd int) ([]tcpSocket, error) {
 			case m.Header.Type == unix.NLMSG_ERROR && len(m.Data) >= 4:
 				return nil, fmt.Errorf("ask the kernel for sockets: %w", syscall.Errno(-int32(binary.NativeEndian.Uint32(m.Data))))
 			case len(m.Data) >= 72: // struct inet_diag_msg
-				sockets = append(sockets, tcpSocket{
+				sockets = append(sockets, socket{
 					local:  kernelAddr(m.Data[0], m.Data[8:], m.Data[4:]),
 					remote: kernelAddr(m.Data[0], m.Data[24:], m.Data[6:]),
 					unread: int(binary.NativeEndian.Uint32(m.Data[56:])),

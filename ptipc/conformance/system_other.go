@@ -11,15 +11,15 @@ import (
 
 var errLinux = fmt.Errorf("it looks at sockets in a way that Linux alone has: %w", errors.ErrUnsupported)
 
-func listening([]int) ([]netip.AddrPort, error) { return nil, errLinux }
-func dialing(netip.AddrPort) (bool, error)      { return false, errLinux }
-func descriptors(int) int                       { return 0 }
-func asUser(int, func() error) error            { return errLinux }
-func fill(*net.TCPListener) error               { return errLinux }
-func sendSocket(net.Conn, *net.TCPConn) error   { return errLinux }
-func disconnect(*net.TCPConn) error             { return errLinux }
-func hungUp(net.Conn) bool                      { return true }
-func unread(net.Conn) (int, error)              { return 0, errLinux }
+func listening([]int) (tcp, udp []netip.AddrPort, err error) { return nil, nil, errLinux }
+func dialing(netip.AddrPort) (bool, error)                   { return false, errLinux }
+func descriptors(int) int                                    { return 0 }
+func asUser(int, func() error) error                         { return errLinux }
+func fill(*net.TCPListener) error                            { return errLinux }
+func sendSocket(net.Conn, *net.TCPConn) error                { return errLinux }
+func disconnect(*net.TCPConn) error                          { return errLinux }
+func hungUp(net.Conn) bool                                   { return true }
+func unread(net.Conn) (int, error)                           { return 0, errLinux }
 
 // A cell watches a child, where namespaces are.
 type cell struct{}
