@@ -375,7 +375,7 @@ var (
 		{"server: counts nothing", []string{"STAT-2/totals"}},
 		{"server: hears no datagrams", []string{
 			"ARG-4/standard-input", "LINE-1/skipped", "LINE-2/unknown-keyword", "LIFE-8/files", "LIFE-8/watched", "LIFE-11/loopback", "LIFE-11/watched",
-			"SIG-1/ignored", "SRV-1/announced", "SRV-2/connects", "SRV-2/no-deliver", "STAT-2/totals",
+			"SIG-1/form", "SIG-1/ignored", "SIG-2/repeated", "SIG-4/size", "SRV-1/announced", "SRV-2/connects", "SRV-2/no-deliver", "STAT-2/totals",
 		}},
 	}
 	boundFaults = []fault{
