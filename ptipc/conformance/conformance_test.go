@@ -309,7 +309,7 @@ var (
 		{"does not see a hang-up", []string{"SOCKS-14/hang-up", "SOCKS-14/end-without-early-data"}},
 		{"takes a half-close for a hang-up", []string{"SOCKS-14/end-after-early-data"}},
 		{"ends both directions at once", []string{
-			"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk", "SOCKS-20/clean", "SOCKS-24/handed-over",
+			"SOCKS-14/end-after-early-data", "SOCKS-15/client-first", "SOCKS-15/far-end-first", "SOCKS-15/bulk", "SOCKS-20/clean", "SOCKS-21/broken-client", "SOCKS-24/handed-over",
 		}},
 		{"hides a reset", []string{"SOCKS-15/broken-far-end", "SOCKS-15/broken-client", "SOCKS-20/broken-far-end", "SOCKS-21/broken-client", "SOCKS-25/broken"}},
 		{"marks nothing", []string{"SOCKS-20/clean"}},

@@ -1037,8 +1037,8 @@ func (f *faulty) relay(client net.Conn, r *bufio.Reader, wire net.Conn) {
 				return
 			}
 			if f.is("ends both directions at once") {
+				wire.Close() // first, so that the other direction cannot reset it
 				client.Close()
-				wire.Close()
 			}
 			if dst == to && end != nil && !over(dst) && !f.is("marks nothing") {
 				end.mark()
