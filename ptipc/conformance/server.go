@@ -240,6 +240,10 @@ func (p passage) exchange() {
 
 // close hangs up at both ends.
 func (p passage) close() {
+	if p.packets != nil {
+		p.packets.Close()
+		return
+	}
 	p.client.close()
 	if p.host != nil {
 		p.host.close()
