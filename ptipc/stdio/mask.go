@@ -15,8 +15,9 @@ var (
 	// and so is what stands under a key with escapes that could spell anything.
 	secretKey = regexp.MustCompile(secretWord + `|(?i:proxy)|` + hidden.String())
 	// secretPair finds such a key with its = or : in text of any kind, through the
-	// quotes, brackets and backslashes that may stand between.
-	secretPair = regexp.MustCompile(secretWord + `[\w.\-]*["'\\\s\])]*[=:]`)
+	// quotes, brackets and backslashes that may stand between, and whatever else the key
+	// is made of.
+	secretPair = regexp.MustCompile(secretWord + `[^\s=:]*["'\\\s\])]*[=:]`)
 	// hidden finds escapes of JSON and C.
 	hidden = regexp.MustCompile(`\\[0-7uUxX]`)
 	// authority finds where the user and password of a URL begin, also where JSON

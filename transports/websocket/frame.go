@@ -232,7 +232,7 @@ func (d *decoder) beginFrame() error {
 		if !final {
 			return broken("a control frame is fragmented")
 		}
-		if d.left > maxControl {
+		if second&lengthBits > maxControl { // also one that is written longer than it has to be
 			return broken("a control frame is longer than 125 bytes")
 		}
 		d.control = d.control[:0]
