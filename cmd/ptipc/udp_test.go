@@ -308,10 +308,9 @@ pc.onicecandidate = (event) => {
 		signal({candidate: event.candidate.toJSON()});
 	}
 };
-async function done() {
-	const pairs = new Set(), stats = await pc.getStats();
-	stats.forEach((s) => { if (s.type == "candidate-pair" && s.state == "succeeded") pairs.add(stats.get(s.localCandidateId).candidateType); });
-	tell(count + " messages over " + [...pairs].join() + ", candidates " + [...kinds].join());
+function done() {
+	const pair = pc.sctp.transport.iceTransport.getSelectedCandidatePair();
+	tell(count + " messages over " + pair.local.type + ", candidates " + [...kinds].join());
 }
 function use(channel) {
 	channel.onopen = () => { if (first) for (let i = 0; i < 100; i++) channel.send(i + sent); };
