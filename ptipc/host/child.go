@@ -141,10 +141,6 @@ func (s *supervisor) startChild(ctx context.Context) (*child, error) {
 		}
 		return nil, err
 	}
-	// SOCKS-26: a socket is a way out of a network of the child's own, and around rules for its user.
-	if pids, err := c.proc.Pids(); err == nil && ends != nil && s.command.Credential == nil {
-		c.hands = localnet.SameNetwork(pids)
-	}
 	return c, nil
 }
 
@@ -241,10 +237,19 @@ func (c *child) awaitReady(ctx context.Context, s *supervisor) error {
 			c.methods[name] = m
 		}
 	}
+	pids, err := c.proc.Pids()
+	// SOCKS-26: a socket is a way out of a network of the child's own, and around rules for its user.
+	c.hands = err == nil && c.ends != nil && s.command.Credential == nil && localnet.SameNetwork(pids)
 	if c.role == roleServer {
 		return nil // its sockets are for others
 	}
-	return c.checkSockets(ctx)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return c.checkSockets(ctx, pids)
 }
 
 // startError is why a child did not start: what is known from its control lines,
@@ -290,14 +295,7 @@ func (c *child) gone(ctx context.Context) bool {
 }
 
 // checkSockets makes sure that the announced sockets are the child's own (SOCKS-18).
-func (c *child) checkSockets(ctx context.Context) error {
-	pids, err := c.proc.Pids()
-	if errors.Is(err, errors.ErrUnsupported) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
+func (c *child) checkSockets(ctx context.Context, pids []int) error {
 	// Its sockets go with it, and that is no lie.
 	ended := errors.New("the child ended as soon as it was ready")
 	if len(pids) == 0 {

@@ -25,9 +25,9 @@ type Options struct {
 	// underneath cannot: both ends mark theirs. Nil is a nil interface.
 	End End
 
-	// TakeOver, with End, offers the other end of a unix socket to take over the socket that
-	// is behind it (SOCKS-23): a [Join] with what is not a socket then reads and
-	// writes that socket itself, and what comes there does not pass through the other process any more.
+	// TakeOver, with End, offers the other end of a unix socket to take over the TCP
+	// socket that it relays for (SOCKS-23): a [Join] with what is not a socket then
+	// reads and writes that one itself.
 	TakeOver bool
 
 	// HandOver, with End, lets a [Join] with a TCP socket hand that socket over, once

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"errors"
+	"math"
 	"sync"
 	"unsafe"
 
@@ -27,7 +28,7 @@ const (
 func (p *pair) handsOver() bool {
 	for i := range p.legs {
 		to, app := &p.legs[i], &p.legs[1-i]
-		if to.hands && app.tcp && to.end.Takes() && !p.flows[0].eof && !p.flows[1].eof && !p.flows[0].done && !p.flows[1].done {
+		if to.hands && app.tcp && to.end.Takes() && !p.flows[0].done && !p.flows[1].done {
 			p.app = 1 - i
 			return true
 		}
@@ -43,8 +44,7 @@ func (l *loop) handOver(p *pair) {
 		p.hand, to.hands = relaying, false
 		return
 	}
-	counts := &ledger{fd: app.fd}
-	counts.start(&counts.received) // before the peer reads
+	counts := newLedger(app.fd) // before the peer reads
 	err := unix.Sendmsg(to.fd, []byte{0}, unix.UnixRights(app.fd), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	switch {
 	case errors.Is(err, unix.EAGAIN):
@@ -66,7 +66,7 @@ func (l *loop) handOver(p *pair) {
 // letGo is called when the last byte that the peer has sent through here has been
 // written: the peer, which waits for that, may go on (SOCKS-24).
 func (l *loop) letGo(p *pair) {
-	p.ledger.start(&p.ledger.sent)
+	p.ledger.peerWrites()
 	to := &p.legs[1-p.app]
 	_, err := retry(func() (int, error) { return unix.Write(to.fd, []byte{0}) })
 	if err != nil && !to.end.Marked() {
@@ -105,87 +105,80 @@ func disconnect(fd int) {
 	_, _, _ = unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspecified)), unix.SizeofSockaddrInet4)
 }
 
-// A ledger counts what goes over a socket in another process, as the kernel knows it.
+// A ledger counts what goes over a TCP socket in another process, as the kernel knows it.
 type ledger struct {
 	mu             sync.Mutex
-	fd             int
-	received, sent base
-	final          [2]uint64
+	fd             int // -1 when it is closed
+	received, sent uint64
+	// The kernel's counts where counting begins, the most there is before it does.
+	receivedFrom, sentFrom uint64
 }
 
-// A base is where counting begins.
-type base struct {
-	from  uint64
-	begun bool
+// newLedger begins with what has come and nobody has read yet.
+func newLedger(fd int) *ledger {
+	received, _ := steadyCounts(fd)
+	return &ledger{fd: fd, receivedFrom: received, sentFrom: math.MaxUint64}
 }
 
-// start begins to count one direction.
-func (t *ledger) start(b *base) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	received, sent := socketCounts(t.fd, true)
-	b.begun, b.from = true, received
-	if b == &t.sent {
-		b.from = sent
+// peerWrites begins to count what is sent.
+func (l *ledger) peerWrites() {
+	_, sent := steadyCounts(l.fd)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sentFrom = sent
+}
+
+// totals returns what was received and sent. After a reset they may be one short.
+func (l *ledger) totals() (received, sent uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd >= 0 {
+		received, _, sent = socketCounts(l.fd)
+		l.received, l.sent = received-min(received, l.receivedFrom), sent-min(sent, l.sentFrom)
 	}
+	return l.received, l.sent
 }
 
-// stop keeps the last counts: the descriptor is to be closed.
-func (t *ledger) stop() {
-	received, sent := t.totals()
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.fd, t.final = -1, [2]uint64{received, sent}
+// close keeps the last counts: the descriptor is to be closed.
+func (l *ledger) close() {
+	l.totals()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fd = -1
 }
 
-func (t *ledger) totals() (received, sent uint64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.fd < 0 {
-		return t.final[0], t.final[1]
-	}
-	received, sent = socketCounts(t.fd, false)
-	return t.received.since(received), t.sent.since(sent)
-}
-
-func (b *base) since(now uint64) uint64 {
-	if !b.begun || now < b.from {
-		return 0
-	}
-	return now - b.from
-}
-
-// socketCounts returns how many bytes have come over a TCP socket, those that nobody has
-// read yet included unless read is set, and how many were written to it. After a reset they
-// may be one short.
-func socketCounts(fd int, read bool) (received, sent uint64) {
-	for range 10 { // while more comes between the calls, what they say does not fit together
-		before, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err != nil {
-			return 0, 0
-		}
-		unread, _ := unix.IoctlGetInt(fd, unix.SIOCINQ) // with these two, nothing is known
-		queued, _ := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
-		after, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err != nil {
-			return 0, 0
-		}
-		received, sent = after.Bytes_received, after.Bytes_acked+uint64(queued)
-		if read {
-			received -= min(received, uint64(unread))
-		}
-		// The end of a direction counts as a byte.
-		switch after.State {
-		case unix.BPF_TCP_CLOSE_WAIT:
-			received--
-		case unix.BPF_TCP_FIN_WAIT1, unix.BPF_TCP_FIN_WAIT2:
-			sent--
-		case unix.BPF_TCP_CLOSING, unix.BPF_TCP_LAST_ACK, unix.BPF_TCP_TIME_WAIT, unix.BPF_TCP_CLOSE:
-			received, sent = received-min(received, 1), sent-min(sent, 1)
-		}
-		if before.Bytes_received == after.Bytes_received && before.Bytes_acked == after.Bytes_acked && before.State == after.State {
+// steadyCounts returns how many bytes were read from a TCP socket and written to it.
+// While more comes, what the kernel says in one call does not fit what it says in the next.
+func steadyCounts(fd int) (read, written uint64) {
+	received, unread, sent := socketCounts(fd)
+	for range 10 {
+		r, u, s := socketCounts(fd)
+		if r == received && u == unread && s == sent {
 			break
 		}
+		received, unread, sent = r, u, s
 	}
-	return received, sent
+	return received - min(received, unread), sent
+}
+
+// socketCounts returns how many bytes have come over a TCP socket, how many of them nobody
+// has read, and how many were written to it; zeros of what is no such socket.
+func socketCounts(fd int) (received, unread, sent uint64) {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0, 0, 0
+	}
+	in, _ := unix.IoctlGetInt(fd, unix.SIOCINQ)
+	out, _ := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+	received, sent = info.Bytes_received, info.Bytes_acked+uint64(out)
+	// The end of a direction counts as a byte.
+	switch info.State {
+	case unix.BPF_TCP_CLOSE_WAIT:
+		received--
+	case unix.BPF_TCP_FIN_WAIT1, unix.BPF_TCP_FIN_WAIT2:
+		sent--
+	case unix.BPF_TCP_CLOSING, unix.BPF_TCP_LAST_ACK, unix.BPF_TCP_TIME_WAIT, unix.BPF_TCP_CLOSE:
+		received, sent = received-min(received, 1), sent-min(sent, 1)
+	}
+	return received, uint64(in), sent
 }

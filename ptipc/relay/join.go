@@ -56,7 +56,7 @@ func socketOf(c net.Conn) net.Conn {
 		return socketOf(c.raw)
 	case *net.TCPConn, *net.UnixConn:
 		return c
-	case *taker:
+	case *taker: // only joinConns makes one
 		return c.socket()
 	}
 	return nil
@@ -86,13 +86,11 @@ type end struct {
 }
 
 func joinConns(ctx context.Context, a, b net.Conn) error {
-	if t := newTaker(a); t != nil {
-		a = t
-		defer t.release()
-	}
-	if t := newTaker(b); t != nil {
-		b = t
-		defer t.release()
+	for _, c := range []*net.Conn{&a, &b} {
+		if t := newTaker(*c); t != nil {
+			*c = t
+			defer t.release()
+		}
 	}
 	j := &join{ends: [2]end{
 		{Conn: a, writing: make(chan struct{}, 1)},

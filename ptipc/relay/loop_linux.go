@@ -387,7 +387,7 @@ func (l *loop) drain(p *pair, i int) {
 		switch {
 		case n > 0:
 			dst.sent(n)
-			p.moved = min(p.moved+n, handAfter)
+			p.moved += n
 			if f.inPipe == 0 {
 				f.rest = f.rest[n:]
 			} else if f.inPipe -= n; f.inPipe == 0 {
@@ -472,7 +472,7 @@ func (l *loop) writeFailed(p *pair, i int, err error) {
 // the sockets: closing one may block, if somebody has asked it to linger.
 func (l *loop) finish(p *pair) (last bool) {
 	if p.ledger != nil {
-		p.ledger.stop()
+		p.ledger.close()
 	}
 	if p.hand == handed {
 		l.unwatch(p)

@@ -3,7 +3,9 @@ package relay
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -76,17 +78,20 @@ func (m *Meter) Failed() {
 // Stats returns the totals, the bytes of open connections included (STAT-2).
 func (m *Meter) Stats() ptipc.TransportStats {
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	s := m.closed
 	s.Active = uint64(len(m.open) + len(m.packets))
-	for c := range m.open {
-		received, sent := c.counts()
-		s.Received += received
-		s.Sent += sent
-	}
+	open := slices.Collect(maps.Keys(m.open))
 	for c := range m.packets {
 		s.Received += c.received.Load()
 		s.Sent += c.sent.Load()
+	}
+	m.mu.Unlock()
+	// The kernel is asked about sockets that were handed over, and nobody is to wait for that. What
+	// is closed meanwhile keeps its counts.
+	for _, c := range open {
+		received, sent := c.counts()
+		s.Received += received
+		s.Sent += sent
 	}
 	return s
 }

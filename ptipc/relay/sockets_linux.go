@@ -73,7 +73,7 @@ type pair struct {
 	failed error   // why both sides were aborted
 	done   chan struct{}
 
-	moved  int // bytes, up to handAfter
+	moved  int // bytes, both ways
 	hand   handing
 	app    int     // the leg whose socket is handed over
 	ledger *ledger // of that socket, once it is

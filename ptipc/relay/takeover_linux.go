@@ -127,7 +127,7 @@ func (t *taker) take(fd int) (*net.TCPConn, error) {
 // connection is closed then, and after an end only if its other direction has ended too.
 func (t *taker) broken(over *net.TCPConn) bool {
 	switch {
-	case !closed(over) || t.switched.Load():
+	case !isClosed(over) || t.switched.Load():
 		return false
 	case t.ended.Load():
 		return t.await() != nil // the other process knows
@@ -135,7 +135,7 @@ func (t *taker) broken(over *net.TCPConn) bool {
 	return true
 }
 
-func closed(c *net.TCPConn) bool {
+func isClosed(c *net.TCPConn) bool {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return true
@@ -197,14 +197,6 @@ func (t *taker) await() error {
 	return nil
 }
 
-// SetLinger is that of the socket that is read.
-func (t *taker) SetLinger(sec int) error {
-	if over := t.over.Load(); over != nil {
-		return over.SetLinger(sec)
-	}
-	return nil // a unix socket has nothing of the kind
-}
-
 // Abort makes both sockets break.
 func (t *taker) Abort() error {
 	t.mu.Lock()
@@ -247,11 +239,8 @@ type receive struct {
 	err     error
 }
 
-// from returns -1 as the descriptor if none has come.
+// from fills p, which has room. It returns -1 as the descriptor if none has come.
 func (r *receive) from(raw syscall.RawConn, p []byte) (n, fd int, err error) {
-	if len(p) == 0 {
-		return 0, -1, nil
-	}
 	r.p = p
 	err = raw.Read(r.call)
 	r.p = nil
