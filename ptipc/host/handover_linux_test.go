@@ -53,7 +53,7 @@ func openWrapping(_ context.Context, config ptipc.Opaque, _ ptipc.Env) (*ptipc.T
 // A program's socket is handed to a child that takes it, once bulk has gone through,
 // but to none in a network or of a user of its own (SOCKS-23, SOCKS-26); in any case all comes
 // through, and is counted.
-func TestHandsOver(t *testing.T) {
+func TestSocketIsHandedOver(t *testing.T) {
 	dir, executable := published(t)
 	to := filepath.Join(dir, "wire.sock")
 	wire, err := net.Listen("unix", to)
